@@ -20,7 +20,7 @@ import time
 import urllib.request
 import warnings
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -82,6 +82,11 @@ def run(main: Callable[[Any], Any], parse: Callable[[], Any]) -> None:
 def _report(message: object, status: int) -> int:
     print(f"error: {message}" if status == 2 else message, file=sys.stderr)
     return status
+
+
+def progress_bar(**kwargs: Any) -> tqdm:
+    """A tqdm bar that draws often on a terminal and seldom in a log file."""
+    return tqdm(mininterval=0.2 if sys.stderr.isatty() else 30, **kwargs)
 
 
 def check(condition: bool, message: str) -> None:
@@ -255,7 +260,7 @@ def download(url: str, file: Path, advice: str) -> None:
         file.parent.mkdir(parents=True, exist_ok=True)
         with urllib.request.urlopen(url, timeout=30) as response, open(part, "wb") as target:
             size = int(response.headers.get("Content-Length", 0))
-            with tqdm(total=size or None, unit="B", unit_scale=True, desc=file.name, disable=None) as progress:
+            with progress_bar(total=size or None, unit="B", unit_scale=True, desc=file.name, disable=None) as progress:
                 while chunk := response.read(1 << 20):
                     target.write(chunk)
                     progress.update(len(chunk))
@@ -274,14 +279,18 @@ def _line(error: BaseException) -> str:
 
 
 def _load_minari(env_id: str) -> Task:
-    import gymnasium_robotics
     import minari
 
-    gym.register_envs(gymnasium_robotics)
-    if env_id == DEMO_ID:
-        collect_demo()
     try:
-        dataset = minari.load_dataset(env_id, download=True)
+        if not (_minari_root() / env_id / "data").exists():
+            if env_id == DEMO_ID:
+                collect_demo()
+            else:
+                with _staged_minari(env_id):
+                    minari.download_dataset(env_id)
+        dataset = minari.load_dataset(env_id)
+    except UserError:
+        raise
     except (Exception, SystemExit) as error:
         raise UserError(f"Minari data set {env_id} is neither in {_minari_root()} nor can it be downloaded "
                         f"({_line(error)}): `minari list remote` shows what there is") from None  # fmt: skip
@@ -334,6 +343,26 @@ def _minari_root() -> Path:
     return Path(os.environ.get("MINARI_DATASETS_PATH") or Path.home() / ".minari" / "datasets")
 
 
+@contextlib.contextmanager
+def _staged_minari(env_id: str) -> Iterator[None]:
+    """Let Minari write data set `env_id` to a folder of its own; it is moved to its place when it is whole."""
+    root = _minari_root()
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        staging = Path(tempfile.mkdtemp(dir=root, prefix=".incomplete-"))
+    except OSError as error:
+        raise UserError(f"cannot write {env_id} to {root} ({_line(error)}): set MINARI_DATASETS_PATH") from None
+    try:
+        os.environ["MINARI_DATASETS_PATH"] = str(staging)
+        yield
+        (root / env_id).parent.mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(OSError):  # it is there by now: another run was faster
+            (staging / env_id).rename(root / env_id)
+    finally:
+        os.environ["MINARI_DATASETS_PATH"] = str(root)
+        shutil.rmtree(staging, ignore_errors=True)
+
+
 def _make_minari_env(name: str, spec: gym.envs.registration.EnvSpec, options: dict[str, Any]) -> gym.Env:
     return _check_env(gym.make(spec, **options), name)
 
@@ -357,31 +386,22 @@ _DEMO_PATH = [(1, 1), (1, 2), (1, 3), (2, 3), (3, 3), (3, 2), (3, 1)]  # the U's
 
 
 def collect_demo() -> None:
-    """Collect the demo's data into a local Minari data set, unless it is there: a point mass in a U-maze.
+    """Collect the demo's data into a local Minari data set: a point mass in a U-maze.
 
     A scripted controller (PD with noise) drives between random cells, as D4RL's maze2d data was made. The goal is one
     end of the U; evaluation starts at the other.
     """
     import minari
 
-    root = _minari_root()
-    if (root / DEMO_ID / "data").exists():
-        return
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-        staging = Path(tempfile.mkdtemp(dir=root, prefix=".collecting-"))  # whole or not at all
-    except OSError as error:
-        raise UserError(f"cannot write the demo's data to {root} ({_line(error)}): set MINARI_DATASETS_PATH") from None
-    previous = os.environ.get("MINARI_DATASETS_PATH")
-    os.environ["MINARI_DATASETS_PATH"] = str(staging)
-    try:
+    with _staged_minari(DEMO_ID):
         evaluation_map = [list(row) for row in _DEMO_MAP]
         evaluation_map[3][1] = "r"
         make = functools.partial(gym.make, "PointMaze_UMaze-v3", continuing_task=False, disable_env_checker=True)
         env = minari.DataCollector(make(maze_map=_DEMO_MAP))
         maze, rng = env.unwrapped.maze, np.random.default_rng(0)
-        with tqdm(total=DEMO_STEPS, unit="step", desc="collecting the demo's data") as progress:
-            while progress.n < DEMO_STEPS:
+        with progress_bar(total=DEMO_STEPS, unit="step", desc="collecting the demo's data") as progress:
+            steps = 0
+            while steps < DEMO_STEPS:
                 obs, _ = env.reset(seed=int(rng.integers(2**31)))
                 done, path = False, []
                 while not done:
@@ -396,18 +416,13 @@ def collect_demo() -> None:
                     done = terminated or truncated
                     if np.linalg.norm(target - obs["achieved_goal"]) < 0.3:
                         path.pop(0)
+                    steps += 1
                     progress.update()
         evaluation_env = make(maze_map=evaluation_map)
         env.create_dataset(DEMO_ID, eval_env=evaluation_env, algorithm_name="PD controller between random cells",
                            author="DTQL", author_email="none", code_permalink="none", ref_min_score=0.0,
                            ref_max_score=1.0, description="The demo task of the DTQL scripts")  # fmt: skip
         env.close()
-        (root / DEMO_ID).parent.mkdir(parents=True, exist_ok=True)
-        with contextlib.suppress(FileExistsError, OSError):  # another run was faster: its data is the same
-            (staging / DEMO_ID).rename(root / DEMO_ID)
-    finally:
-        os.environ.pop("MINARI_DATASETS_PATH") if previous is None else os.environ.update(MINARI_DATASETS_PATH=previous)
-        shutil.rmtree(staging, ignore_errors=True)
 
 
 # ---- evaluation ----------------------------------------------------------------------------------------------------
@@ -546,7 +561,7 @@ def run_episodes(
     running = episode.copy()
     obs = envs.reset(running, queue[episode]).astype(np.float32)
     returns, lengths = np.zeros(len(queue)), np.zeros(len(queue), int)
-    with tqdm(total=len(queue), unit="episode", desc="evaluating", leave=False) as progress:
+    with progress_bar(total=len(queue), unit="episode", desc="evaluating", leave=False) as progress:
         while len(running):
             # Pack the observations into a rectangle (K, m, S); a model with fewer episodes running has rows to spare
             model = episode[running] % num_models
@@ -655,7 +670,7 @@ class Run:
         self._handlers = {number: signal.signal(number, self._on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
         # A killed run may have logged beyond its last checkpoint: those events are dropped
         self.writer = SummaryWriter(str(self.dir), purge_step=self.step or None)
-        self.progress = tqdm(total=self.total_steps, initial=self.step, unit="update", smoothing=0.05)
+        self.progress = progress_bar(total=self.total_steps, initial=self.step, unit="update", smoothing=0.05)
         self._clock = time.perf_counter()
         return self
 
@@ -701,7 +716,7 @@ class Run:
             if mean:  # the policy's are not computed while pretraining
                 self.writer.add_scalar(f"losses/{name}", mean, self.step)
         self.writer.add_scalar("charts/SPS", (self.step - self.logged_step) / seconds, self.step)
-        self.progress.set_postfix({name: f"{mean:.3g}" for name, mean in losses.items() if mean} | self._last_score())
+        self.progress.set_postfix({name: f"{mean:.3g}" for name, mean in losses.items() if mean} | self._last_score(), refresh=False)
         self.agent.sums.zero_()
         self.logged_step = self.step
 

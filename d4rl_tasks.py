@@ -8,6 +8,8 @@ episode limit.
     env = gym.make("antmaze-large-diverse-v0")
 """
 
+import contextlib
+import io
 import tempfile
 import xml.etree.ElementTree as ET
 from pathlib import Path
@@ -18,6 +20,9 @@ import gymnasium.envs.mujoco
 import numpy as np
 from gymnasium.envs.mujoco.ant_v4 import AntEnv
 from gymnasium.utils import EzPickle
+
+with contextlib.redirect_stderr(io.StringIO()):  # it prints a notice about Adroit tasks that are not ours
+    import gymnasium_robotics  # noqa: F401
 
 # D4RL's mazes, row by row: 1 wall, 0 free, r start, g goal. A cell is 4 m wide.
 MAZES = {

@@ -460,8 +460,10 @@ class DTQL:
     def minimise(self, network: str, loss: Tensor) -> None:
         optimizer = self.optimizers[network]
         params = optimizer.param_groups[0]["params"]
-        for param, grad in zip(params, torch.autograd.grad(loss, params)):
-            param.grad = grad
+        optimizer.zero_grad()
+        # No gradient of anything else is computed. (Not autograd.grad: fused Adam needs each gradient laid out like its
+        # parameter, which only .grad promises.)
+        loss.backward(inputs=params)
         optimizer.step()
 
     def update(self, training: bool) -> None:
