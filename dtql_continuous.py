@@ -283,8 +283,7 @@ def q_target(rewards: Tensor, terminals: Tensor, next_v: Tensor, gamma: float) -
 
 def denoising_loss(denoise: Any, actions: Tensor, obs: Tensor, sigma: Tensor, noise: Tensor) -> Tensor:
     """Eq. 2 (actions from the data) and Eq. 4 (actions of the policy) with w = 1 / c_out^2, mean over dimensions too."""
-    denoised = denoise(actions + sigma * noise, sigma, obs).clamp(-1, 1)
-    return ((denoised - actions) / c_out(sigma)).square().mean()
+    return ((denoise(actions + sigma * noise, sigma, obs) - actions) / c_out(sigma)).square().mean()
 
 
 def gaussian_nll(mean: Tensor, log_std: Tensor, actions: Tensor) -> Tensor:
@@ -395,8 +394,7 @@ class DTQL:
         self.metrics += ["entropy"] if args.policy == "gaussian" else []
         self.metrics += ["nll"] if args.nll else []
         self.sums = torch.zeros(len(self.metrics), args.num_seeds, device=device)  # since the last log
-        self.losses = [self.critic_loss, self.denoiser_loss, self.actor_loss]
-        self.losses = [self._over_models(loss) for loss in self.losses]
+        self.losses = [self._over_models(loss) for loss in (self.critic_loss, self.denoiser_loss, self.actor_loss)]
 
     def _adam(self, learning_rate: float, *networks: Params) -> torch.optim.Adam:
         params = [param for network in networks for param in network.values()]
@@ -417,7 +415,11 @@ class DTQL:
 
         return torch.compile(summed) if self.args.compile else summed
 
-    # The three losses of one model. Each returns what is minimised and the metrics to log.
+    def denoise(self, params: Params) -> Callable[..., Tensor]:
+        """One model's diffusion policy; what it predicts is clamped to the actions there are."""
+        return lambda *inputs: functional_call(self.denoiser, params, inputs).clamp(-1, 1)
+
+    # The losses of one model. Each returns what is minimised and the metrics to log.
 
     def critic_loss(self, critic: Params, value: Params, batch: Batch) -> tuple[Tensor, Tensor]:
         """Eqs. 6 and 7: no gradient reaches Q through V's loss, nor V(s') through Q's."""
@@ -431,14 +433,12 @@ class DTQL:
 
     def denoiser_loss(self, denoiser: Params, batch: Batch, sigma: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
         """Eq. 2."""
-        denoise = lambda *inputs: functional_call(self.denoiser, denoiser, inputs)
-        loss = denoising_loss(denoise, batch.actions, batch.obs, sigma, noise)
+        loss = denoising_loss(self.denoise(denoiser), batch.actions, batch.obs, sigma, noise)
         return loss, loss.detach()[None]
 
     def actor_loss(self, actor: Params, denoiser: Params, critic: Params, batch: Batch, z: Tensor, sigma: Tensor,
                    noise: Tensor) -> tuple[Tensor, Tensor]:  # fmt: skip
         """Eq. 5, with the NLL term of Section 2.4. The diffusion policy and the critic are fixed."""
-        denoise = lambda *inputs: functional_call(self.denoiser, denoiser, inputs)
         metrics = []
         if self.args.policy == "gaussian":
             mean, log_std = functional_call(self.policy.actor, actor, (batch.obs,))
@@ -446,7 +446,7 @@ class DTQL:
             metrics.append(log_std.sum(-1).mean() + 0.5 * mean.shape[-1] * math.log(2 * math.pi * math.e))
         else:
             actions = self.policy.sample(actor, batch.obs, z)
-        trust_region = denoising_loss(denoise, actions, batch.obs, sigma, noise)
+        trust_region = denoising_loss(self.denoise(denoiser), actions, batch.obs, sigma, noise)
         # Q knows only [-1, 1]; what lies outside (implicit policy) is left to the trust region to bring back
         q = self.policy.q(critic, batch.obs, actions.clamp(-1, 1)).amin(0).mean()
         loss = self.args.alpha * trust_region - q

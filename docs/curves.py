@@ -1,0 +1,43 @@
+"""Draw learning curves: python docs/curves.py OUT.png LABEL=RUN_DIR [LABEL=RUN_DIR ...]
+
+The line is the mean score over a run's models, the band the standard error over all their episodes.
+"""
+
+import csv
+import json
+import sys
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402
+import numpy as np  # noqa: E402
+
+
+def main(out: str, *curves: str) -> None:
+    figure, axes = plt.subplots(figsize=(6, 3.6), constrained_layout=True)
+    for curve in curves:
+        label, run_dir = curve.split("=", 1)
+        config = json.loads((Path(run_dir) / "config.json").read_text())
+        with open(Path(run_dir) / "eval.csv") as file:
+            rows = [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
+        epochs = sorted({row["epoch"] for row in rows})
+        groups = [[row for row in rows if row["epoch"] == epoch] for epoch in epochs]
+        mean = np.array([np.mean([row["score_mean"] for row in group]) for group in groups])
+        spread = np.array([
+            np.sqrt((np.mean([row["score_std"] ** 2 for row in group]) + np.var([row["score_mean"] for row in group]))
+                    / sum(row["episodes"] for row in group))
+            for group in groups
+        ])  # fmt: skip
+        updates = np.array(epochs) * config["args"]["steps_per_epoch"]
+        (line,) = axes.plot(updates, mean, marker="o", markersize=3, label=label)
+        axes.fill_between(updates, mean - spread, mean + spread, color=line.get_color(), alpha=0.2)
+    axes.set(xlabel="training updates", ylabel=config["data"]["score"], title=config["args"]["env_id"] + ", look-alike data")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(out, dpi=150)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
