@@ -58,7 +58,7 @@ def parse_args(cls: type, defaults: Callable[[str], dict[str, Any]], argv: Seque
     try:
         with contextlib.redirect_stderr(captured):
             given, _ = tyro.cli(first, args=argv, return_unknown_args=True, add_help=False)
-            settings = _read_config(given.resume)["args"] if given.resume else defaults(given.env_id)
+            settings = _resumed_settings(cls, given.resume) if given.resume else defaults(given.env_id)
             settings = {"env_id": given.env_id, **settings, "resume": given.resume}
             return tyro.cli(cls, args=argv, default=cls(**settings), description=cls.__doc__)
     except SystemExit as exit:
@@ -67,6 +67,13 @@ def parse_args(cls: type, defaults: Callable[[str], dict[str, Any]], argv: Seque
             body = lines[1 : lines.index("", 1)] if "" in lines[1:] else lines
             print(f"error: {' '.join(body)} (see --help)", file=sys.stderr)
         raise
+
+
+def _resumed_settings(cls: type, run_dir: str) -> dict[str, Any]:
+    config = _read_config(run_dir)
+    check(config["args"].keys() == {field.name for field in dataclasses.fields(cls)},
+          f"--resume {run_dir}: the settings there are not this script's; resume it with {config['exp_name']}.py")  # fmt: skip
+    return config["args"]
 
 
 def run(main: Callable[[Any], Any], parse: Callable[[], Any]) -> None:

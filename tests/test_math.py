@@ -4,6 +4,7 @@ import math
 
 import common
 import dtql_continuous as dtql
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch
@@ -11,21 +12,19 @@ from conftest import TINY
 from torch import Tensor
 
 
-def make_agent(num_seeds: int = 1, obs_dim: int = 3, action_dim: int = 2, rows: int = 512, data=None, **changes) -> dtql.DTQL:
-    """An agent on random transitions, or on `data` (obs, actions, rewards, terminals, next_obs)."""
-    import gymnasium as gym
+def make_agent(num_seeds: int = 1, obs_dim: int = 3, action_dim: int = 2, rows: int = 512, module=dtql, **changes):
+    """An agent of `module` on random transitions."""
 
     class Env(gym.Env):
         observation_space = gym.spaces.Box(-np.inf, np.inf, (obs_dim,))
         action_space = gym.spaces.Box(-2.0, 4.0, (action_dim,))
 
     rng = np.random.default_rng(0)
-    if data is None:
-        data = (rng.standard_normal((rows, obs_dim)), rng.uniform(-1, 1, (rows, action_dim)), rng.standard_normal(rows),
-                rng.random(rows) < 0.1, rng.standard_normal((rows, obs_dim)))  # fmt: skip
+    data = (rng.standard_normal((rows, obs_dim)), rng.uniform(-1, 1, (rows, action_dim)), rng.standard_normal(rows),
+            rng.random(rows) < 0.1, rng.standard_normal((rows, obs_dim)))  # fmt: skip
     task = common.Task(*(np.asarray(x, np.float32) for x in data), Env, lambda x: x, "return", False, "test")
-    args = dtql.Args(**{**TINY, "num_seeds": num_seeds, **changes})
-    return dtql.DTQL(args, task, torch.device("cpu"))
+    agent = dtql.DTQL if module is dtql else module.KLDistill
+    return agent(module.Args(**{**TINY, "num_seeds": num_seeds, **changes}), task, torch.device("cpu"))
 
 
 def first(params: dict[str, Tensor], index: int = 0) -> dict[str, Tensor]:
