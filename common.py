@@ -72,8 +72,9 @@ def parse_args(cls: type, defaults: Callable[[str], dict[str, Any]], argv: Seque
 def _resumed_settings(cls: type, run_dir: str) -> dict[str, Any]:
     config = _read_config(run_dir)
     check(config["args"].keys() == {field.name for field in dataclasses.fields(cls)},
-          f"--resume {run_dir}: the settings there are not this script's; resume it with {config['exp_name']}.py")  # fmt: skip
-    return config["args"]
+          f"--resume {run_dir}: the settings there are not this script's; resume it with {config['exp_name']}.py")
+    # A run of a machine with a GPU may go on without one (--no-cuda)
+    return {**config["args"], "cudagraphs": config["args"]["cudagraphs"] and torch.cuda.is_available()}
 
 
 def run(main: Callable[[Any], Any], parse: Callable[[], Any]) -> None:
@@ -81,14 +82,11 @@ def run(main: Callable[[Any], Any], parse: Callable[[], Any]) -> None:
     try:
         main(parse())
     except UserError as error:
-        sys.exit(_report(error, 2))
-    except KeyboardInterrupt as interrupt:
-        sys.exit(_report(f"interrupted: {interrupt}" if interrupt.args else "interrupted", 130))
-
-
-def _report(message: object, status: int) -> int:
-    print(f"error: {message}" if status == 2 else message, file=sys.stderr)
-    return status
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
 
 
 def progress_bar(**kwargs: Any) -> tqdm:
@@ -106,7 +104,7 @@ def find_device(cuda: bool, cudagraphs: bool) -> torch.device:
     """The device to train on. Raises UserError if a GPU is asked for and there is none."""
     for flag, wanted in (("cuda", cuda), ("cudagraphs", cudagraphs)):
         check(not wanted or torch.cuda.is_available(),
-              f"--{flag}: PyTorch finds no usable GPU here; train on the CPU with --no-{flag}")  # fmt: skip
+              f"--{flag}: PyTorch finds no usable GPU here; train on the CPU with --no-{flag}")
     return torch.device("cuda" if cuda else "cpu")
 
 
@@ -170,16 +168,16 @@ def _check_and_scale(task: Task) -> Task:
     check(len(task.obs) > 0, f"{task.origin} holds no transitions: give a complete data set")
     for name in ("obs", "actions", "rewards", "next_obs"):
         check(bool(np.isfinite(getattr(task, name)).all()),
-              f"{task.origin} holds NaN or infinite {name}: repair the data or fetch it again")  # fmt: skip
+              f"{task.origin} holds NaN or infinite {name}: repair the data or fetch it again")
     env = task.make_env()
     obs_dim, space = env.observation_space.shape[0], env.action_space
     env.close()
     check(task.obs.shape[1] == obs_dim and task.actions.shape[1] == space.shape[0],
           f"{task.origin} has observations of size {task.obs.shape[1]} and actions of size {task.actions.shape[1]}, its "
-          f"environment {obs_dim} and {space.shape[0]}: this is data of another task")  # fmt: skip
+          f"environment {obs_dim} and {space.shape[0]}: this is data of another task")
     actions = 2 * (task.actions - space.low) / (space.high - space.low) - 1
     check(bool((np.abs(actions) <= 1 + 1e-4).all()),
-          f"{task.origin} has actions outside the environment's bounds: repair the data or fetch it again")  # fmt: skip
+          f"{task.origin} has actions outside the environment's bounds: repair the data or fetch it again")
     return task._replace(actions=actions.clip(-1, 1).astype(np.float32))
 
 
@@ -187,7 +185,7 @@ def _check_env(env: gym.Env, name: str) -> gym.Env:
     """Flatten dictionary observations; insist on a bounded Box of actions."""
     check(isinstance(env.action_space, gym.spaces.Box) and env.action_space.is_bounded() and
           len(env.action_space.shape) == 1,
-          f"{name}: actions must be a bounded vector (Box), not {env.action_space}; take a continuous task")  # fmt: skip
+          f"{name}: actions must be a bounded vector (Box), not {env.action_space}; take a continuous task")
     if not isinstance(env.observation_space, gym.spaces.Box) or len(env.observation_space.shape) != 1:
         env = gym.wrappers.FlattenObservation(env)
     return env
@@ -204,16 +202,14 @@ def d4rl_transitions(file: Path, limit: int) -> dict[str, np.ndarray]:
         with h5py.File(file) as data:
             keys = {"observations": 2, "actions": 2, "rewards": 1, "terminals": 1}
             arrays = {key: data[key][:] for key in (*keys, "timeouts") if key in data}
-    except (OSError, RuntimeError, AttributeError) as error:
-        if not isinstance(file, Path) or not file.exists():
-            raise
-        raise UserError(f"{file} is not a complete HDF5 file ({_line(error)}): delete it to have it downloaded again") from None
+    except (OSError, RuntimeError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"{file} is not a complete HDF5 file ({_line(error)}): delete it to download it again") from None
     missing = [key for key in keys if key not in arrays]
-    check(not missing, f"{file} lacks the key(s) {', '.join(missing)} of D4RL's format: delete it to have it downloaded again")
+    check(not missing, f"{file} lacks D4RL's key(s) {', '.join(missing)}: delete it to download it again")
     for key, dimensions in keys.items():
         check(arrays[key].ndim == dimensions and len(arrays[key]) == len(arrays["observations"]),
               f"{file}: {key} has shape {arrays[key].shape}, which does not fit observations "
-              f"{arrays['observations'].shape}: this is not D4RL's format")  # fmt: skip
+              f"{arrays['observations'].shape}: this is not D4RL's format")
     terminals = arrays["terminals"].astype(bool)
     if "timeouts" in arrays:
         final = arrays["timeouts"].astype(bool)
@@ -300,9 +296,9 @@ def _load_minari(env_id: str) -> Task:
         raise
     except (Exception, SystemExit) as error:
         raise UserError(f"Minari data set {env_id} is neither in {_minari_root()} nor can it be downloaded "
-                        f"({_line(error)}): `minari list remote` shows what there is") from None  # fmt: skip
+                        f"({_line(error)}): `minari list remote` shows what there is") from None
     check(isinstance(dataset.action_space, gym.spaces.Box),
-          f"{env_id}: actions must be a bounded vector (Box), not {dataset.action_space}; take a continuous task")  # fmt: skip
+          f"{env_id}: actions must be a bounded vector (Box), not {dataset.action_space}; take a continuous task")
     # Where the data's environment goes on at the goal, or pays a finished task again and again, evaluation does not
     options = {"continuing_task": False, "terminate_on_tasks_completed": True, "remove_task_when_completed": True}
     try:
@@ -428,7 +424,7 @@ def collect_demo() -> None:
         evaluation_env = make(maze_map=evaluation_map)
         env.create_dataset(DEMO_ID, eval_env=evaluation_env, algorithm_name="PD controller between random cells",
                            author="DTQL", author_email="none", code_permalink="none", ref_min_score=0.0,
-                           ref_max_score=1.0, description="The demo task of the DTQL scripts")  # fmt: skip
+                           ref_max_score=1.0, description="The demo task of the DTQL scripts")
         env.close()
 
 
@@ -494,7 +490,7 @@ class LockstepEnvs:
             ours, theirs = context.Pipe()
             self.pipes.append(ours)
             self.processes.append(context.Process(target=_serve, daemon=True,
-                                                  args=(theirs, list(self.pipes), make_env, seeds[start:stop])))  # fmt: skip
+                                                  args=(theirs, list(self.pipes), make_env, seeds[start:stop])))
             with warnings.catch_warnings():  # threads are no danger: workers use neither torch nor a lock of ours
                 warnings.simplefilter("ignore", DeprecationWarning)
                 self.processes[-1].start()
@@ -594,10 +590,24 @@ def episode_seeds(seeds: Sequence[int], epoch: int, num_episodes: int) -> np.nda
     return np.array([np.random.SeedSequence([seed, epoch]).generate_state(num_episodes) for seed in seeds])
 
 
+def evaluate(task: Task, envs: LockstepEnvs, act: Callable[[np.ndarray], np.ndarray], seeds: Sequence[int], epoch: int,
+             num_episodes: int) -> list[dict[str, Any]]:
+    """`run_episodes` of the models trained from `seeds`, as rows of eval.csv, one per model."""
+    start = time.perf_counter()
+    returns, lengths = run_episodes(envs, act, episode_seeds(seeds, epoch, num_episodes))
+    scores, seconds = task.score(returns), time.perf_counter() - start
+    return [
+        {"epoch": epoch, "seed": seed, "return_mean": returns[i].mean(), "return_std": returns[i].std(),
+         "score_mean": scores[i].mean(), "score_std": scores[i].std(), "length_mean": lengths[i].mean(),
+         "episodes": num_episodes, "eval_seconds": seconds}
+        for i, seed in enumerate(seeds)
+    ]
+
+
 # ---- a run's folder ------------------------------------------------------------------------------------------------
 
 EVAL_FIELDS = ("epoch", "seed", "return_mean", "return_std", "score_mean", "score_std", "length_mean", "episodes",
-               "train_seconds", "eval_seconds")  # fmt: skip
+               "train_seconds", "eval_seconds")
 
 
 def write_atomically(file: Path, write: Callable[[Path], None]) -> None:
@@ -645,19 +655,19 @@ class Run:
         self.step, self.train_seconds, self.rows, self.logged_step, self.saved_step = 0, 0.0, [], 0, -1
         settings = dataclasses.asdict(args)
         data = {"origin": task.origin, "transitions": len(task.obs), "fingerprint": task.fingerprint(),
-                "score": task.score_name}  # fmt: skip
+                "score": task.score_name}
         if args.resume:
             self.dir = Path(args.resume)
             config = _read_config(args.resume)
             # Only the hardware and the place may change
             free = {"resume": None, "run_dir": None, "cuda": None, "compile": None, "cudagraphs": None}
             before, now = ({"script": name, **values, **free}
-                           for name, values in ((config["exp_name"], config["args"]), (exp_name, settings)))  # fmt: skip
+                           for name, values in ((config["exp_name"], config["args"]), (exp_name, settings)))
             for name, value in now.items():
                 check(name in before and before[name] == value,
-                      f"--resume {self.dir}: that run has {name} = {before.get(name)}, not {value}; leave the flag out")  # fmt: skip
+                      f"--resume {self.dir}: that run has {name} = {before.get(name)}, not {value}; leave the flag out")
             check(config["data"]["fingerprint"] == data["fingerprint"],
-                  f"--resume {self.dir}: {task.origin} is not the data that the run began with; put that back")  # fmt: skip
+                  f"--resume {self.dir}: {task.origin} is not the data that the run began with; put that back")
             self._load(load_checkpoint(self.dir / "checkpoint.pt", device), device)
         else:
             self.dir = _create_run_dir(args.run_dir, args.env_id, exp_name, args.seed)
@@ -665,7 +675,7 @@ class Run:
             versions = {package: importlib.metadata.version(package) for package in packages}
             name = torch.cuda.get_device_name() if device.type == "cuda" else f"{platform.machine()} CPU"
             config = {"exp_name": exp_name, "args": settings, "data": data, "device": name,
-                      "versions": {"python": platform.python_version(), **versions}}  # fmt: skip
+                      "versions": {"python": platform.python_version(), **versions}}
             write_atomically(self.dir / "config.json", lambda file: file.write_text(json.dumps(config, indent=2)))
             self.save()
         if not args.cuda and not torch.cuda.is_available():
@@ -718,7 +728,7 @@ class Run:
         losses = {name: mean for name, mean in zip(self.agent.metrics, means)}
         check(bool(np.isfinite(means).all()),
               f"update {self.step}: a loss is no longer finite ({', '.join(f'{k} {v:.3g}' for k, v in losses.items())}); "
-              f"{self.dir}/checkpoint.pt of update {self.saved_step} is good; try a lower --learning-rate")  # fmt: skip
+              f"{self.dir}/checkpoint.pt of update {self.saved_step} is good; try a lower --learning-rate")
         for name, mean in losses.items():
             if mean:  # the policy's are not computed while pretraining
                 self.writer.add_scalar(f"losses/{name}", mean, self.step)
@@ -739,7 +749,7 @@ class Run:
         """Append one evaluation, a row per model, to eval.csv, TensorBoard and the next checkpoint."""
         rows = [{"train_seconds": round(self.train_seconds, 3), **row} for row in rows]
         self.rows += [{name: row[name] if isinstance(row[name], int) else float(row[name]) for name in EVAL_FIELDS}
-                      for row in rows]  # fmt: skip
+                      for row in rows]
         self.save()  # before eval.csv, so that a row there is never one that a resumed run computes again
         self._write_eval_csv()
         for name in ("return_mean", "score_mean", "length_mean"):
@@ -748,7 +758,7 @@ class Run:
             self.writer.add_scalar(f"eval/{name}", np.mean([row[name] for row in rows]), self.step)
         self.progress.write(f"epoch {rows[0]['epoch']}: {self.score_name} {_mean_and_spread(rows)}, "
                             f"{np.mean([row['length_mean'] for row in rows]):.0f} steps per episode, "
-                            f"{rows[0]['eval_seconds']:.0f} s")  # fmt: skip
+                            f"{rows[0]['eval_seconds']:.0f} s")
 
     def _write_eval_csv(self) -> None:
         def write(file: Path) -> None:
@@ -773,11 +783,11 @@ class Run:
             "args": dataclasses.asdict(self.args), "step": self.step, "logged_step": self.logged_step, "rows": self.rows,
             "train_seconds": self.train_seconds, "agent": self.agent.state_dict(), "random_state": torch.get_rng_state(),
             "cuda_random_state": torch.cuda.get_rng_state() if self.args.cuda else None,
-        }  # fmt: skip
+        }
         params = [param for network in checkpoint["agent"]["params"].values() for param in network.values()]
         check(all(bool(param.isfinite().all()) for param in params),
               f"update {self.step}: a parameter is no longer finite; {self.dir}/checkpoint.pt of update {self.saved_step} "
-              "is good; try a lower --learning-rate")  # fmt: skip
+              "is good; try a lower --learning-rate")
         write_atomically(self.dir / "checkpoint.pt", lambda file: torch.save(checkpoint, file))
         self.saved_step, self._saved_rows = self.step, len(self.rows)
         self._saved_at = time.perf_counter()
@@ -802,7 +812,7 @@ class Run:
         best = max(epochs, key=lambda epoch: np.mean([row["score_mean"] for row in by_epoch[epoch]]))
         print(f"{self.args.env_id}: {self.score_name} {_mean_and_spread(by_epoch[epochs[-1]])} (last), "
               f"{_mean_and_spread(by_epoch[best])} (best, epoch {best}); {self.args.num_seeds} model(s), "
-              f"{self.train_seconds / 60:.1f} min of training, {self.dir}")  # fmt: skip
+              f"{self.train_seconds / 60:.1f} min of training, {self.dir}")
         return {"run_dir": str(self.dir), "rows": self.rows}
 
 

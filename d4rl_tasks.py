@@ -67,7 +67,7 @@ class AntMazeEnv(AntEnv):
                     x, y = position(col, row)
                     ET.SubElement(tree.find("worldbody"), "geom", name=f"block_{row}_{col}", type="box",
                                   pos=f"{x} {y} {WALL_HEIGHT / 2}", size=f"{CELL / 2} {CELL / 2} {WALL_HEIGHT / 2}",
-                                  contype="1", conaffinity="1", rgba="0.4 0.4 0.4 1")  # fmt: skip
+                                  contype="1", conaffinity="1", rgba="0.4 0.4 0.4 1")
         with tempfile.NamedTemporaryFile(suffix=".xml") as file:  # MuJoCo reads models from files
             tree.write(file)
             file.flush()
@@ -129,7 +129,7 @@ def make_kitchen(**kwargs) -> gym.Env:
 
     # 0.1 is D4RL's observation noise of the robot. A completed task is paid once.
     return KitchenObservation(KitchenEnv(robot_noise_ratio=0.1, terminate_on_tasks_completed=True,
-                                         remove_task_when_completed=True, **kwargs))  # fmt: skip
+                                         remove_task_when_completed=True, **kwargs))
 
 
 class D4RLTask(NamedTuple):
@@ -163,7 +163,7 @@ def _tasks() -> dict[str, D4RLTask]:
             tasks[f"{env}-{level}-v2"] = D4RLTask(
                 f"gym_mujoco_v2/{env}_{level.replace('-', '_')}-v2.hdf5", low, high, 1000, entry_point, {}, obs_dim,
                 action_dim, minari, "other policies, v5 environments, no reference scores" if minari else "",
-            )  # fmt: skip
+            )
     for name, maze, file in (
         ("umaze", "umaze", "u-maze_noisy_multistart_False_multigoal_False"),
         ("umaze-diverse", "umaze", "u-maze_noisy_multistart_True_multigoal_True"),
@@ -177,12 +177,12 @@ def _tasks() -> dict[str, D4RLTask]:
                 f"{folder}/Ant_maze_{file}_{suffix}.hdf5", 0.0, 1.0, 700 if maze == "umaze" else 1000, AntMazeEnv,
                 {"maze": maze, "resample_goal": version == "v2"}, 29, 8, f"D4RL/antmaze/{name}-v1",
                 "another ant policy and frame, episodes go on at the goal",
-            )  # fmt: skip
+            )
     for level in ("human", "cloned"):
         tasks[f"pen-{level}-v1"] = D4RLTask(
             f"hand_dapg_v1/pen-{level}-v1.hdf5", 96.262799, 3076.8331017826877, 100, make_pen, {}, 45, 24,
             f"D4RL/pen/{level}-v2", "replayed actions, 200 steps, goes on with a dropped pen: returns about twice as high",
-        )  # fmt: skip
+        )
     first_two, last_two = ["microwave", "kettle"], ["light switch", "slide cabinet"]
     for level, file, elements in (
         ("complete", "mini_kitchen_microwave_kettle_light_slider-v0", first_two + last_two),
@@ -192,7 +192,7 @@ def _tasks() -> dict[str, D4RLTask]:
         tasks[f"kitchen-{level}-v0"] = D4RLTask(
             f"kitchen/{file}.hdf5", 0.0, 4.0, 280, make_kitchen, {"tasks_to_complete": elements}, 60, 9,
             f"D4RL/kitchen/{level}-v2", "replayed, 59 numbers instead of 60, the stored environment accumulates reward",
-        )  # fmt: skip
+        )
     return tasks
 
 
@@ -202,4 +202,4 @@ for _id, _task in TASKS.items():
     for _name in (f"d4rl/{_id}", _id):
         if _name not in gym.registry:
             gym.register(_name, _task.entry_point, max_episode_steps=_task.limit, kwargs=_task.kwargs,
-                         disable_env_checker=True)  # fmt: skip
+                         disable_env_checker=True)

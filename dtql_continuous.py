@@ -7,17 +7,18 @@ Wang and Zhou, "Diffusion Policies Creating a Trust Region for Offline Reinforce
 Shapes, for one model: obs (B, S), actions (B, A) in [-1, 1], sigma (B, 1), rewards, terminals, Q and V (B,).
 """
 
+import contextlib
 import functools
 import math
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+import tyro
 from torch import Tensor
 from torch.func import functional_call
 from torch.utils._pytree import tree_leaves
@@ -46,7 +47,7 @@ class Args:
     """compile the losses with torch.compile"""
     cudagraphs: bool = torch.cuda.is_available()
     """replay the whole update as a CUDA graph (not used with --no-cuda)"""
-    resume: str | None = None
+    resume: Annotated[str | None, tyro.conf.arg(metavar="RUN_DIR")] = None
     """folder of a run to continue as if it had never stopped"""
     run_dir: str = "runs"
     """parent folder of the runs' folders"""
@@ -125,7 +126,7 @@ def task_defaults(env_id: str) -> dict[str, Any]:
         alpha=float(alpha), expectile=expectile, nll=nll, epochs=epochs, learning_rate=learning_rate, lr_decay=lr_decay,
         pretrain_epochs=50, batch_size=2048 if name.startswith("antmaze") else 256,
         eval_episodes=100 if name.startswith(("antmaze", "pen", "kitchen")) else 10,
-    )  # fmt: skip
+    )
 
 
 def check_args(args: Args) -> None:
@@ -140,7 +141,7 @@ def check_args(args: Args) -> None:
     check(0 <= args.alpha < math.inf, f"--alpha must be a number not below 0, not {args.alpha}")
     check(0 < args.learning_rate < math.inf, f"--learning-rate must be a number above 0, not {args.learning_rate}")
     check(not (args.nll and args.policy == "implicit"),
-          "--policy implicit has no likelihood, which the NLL term needs: add --no-nll")  # fmt: skip
+          "--policy implicit has no likelihood, which the NLL term needs: add --no-nll")
 
 
 # ---- EDM schedule (Appendix B; Karras et al. 2022) -------------------------------------------------------------------
@@ -185,7 +186,7 @@ class Denoiser(nn.Module):
             nn.Linear(HIDDEN, HIDDEN), nn.Mish(),
             nn.Linear(HIDDEN, HIDDEN), nn.Mish(),
             nn.Linear(HIDDEN, action_dim),
-        )  # fmt: skip
+        )
         self.register_buffer("frequencies", 10000 ** (-torch.arange(8) / 7), persistent=False)
 
     def forward(self, noisy_actions: Tensor, sigma: Tensor, obs: Tensor) -> Tensor:
@@ -208,7 +209,7 @@ class Critic(nn.Module):
             nn.Linear(HIDDEN, HIDDEN), nn.LayerNorm(HIDDEN), nn.Mish(),
             nn.Linear(HIDDEN, HIDDEN), nn.LayerNorm(HIDDEN), nn.Mish(),
             nn.Linear(HIDDEN, 1),
-        )  # fmt: skip
+        )
 
     def forward(self, obs: Tensor, actions: Tensor) -> Tensor:
         return self.net(linear_of_cat(self.input, obs, actions)).squeeze(-1)
@@ -224,7 +225,7 @@ class Value(nn.Module):
             nn.Linear(HIDDEN, HIDDEN), nn.Mish(),
             nn.Linear(HIDDEN, HIDDEN), nn.Mish(),
             nn.Linear(HIDDEN, 1),
-        )  # fmt: skip
+        )
 
     def forward(self, obs: Tensor) -> Tensor:
         return self.net(obs).squeeze(-1)
@@ -240,7 +241,7 @@ class GaussianActor(nn.Module):
             nn.Linear(HIDDEN, HIDDEN), nn.ReLU(),
             nn.Linear(HIDDEN, HIDDEN), nn.ReLU(),
             nn.Linear(HIDDEN, 2 * action_dim),
-        )  # fmt: skip
+        )
         for layer in self.net:
             if isinstance(layer, nn.Linear):
                 nn.init.orthogonal_(layer.weight)
@@ -273,7 +274,7 @@ class Batch(NamedTuple):
 
 def expectile_loss(u: Tensor, expectile: float) -> Tensor:
     """Eq. 6: mean of |expectile - 1(u < 0)| u^2."""
-    return (torch.where(u < 0, 1 - expectile, expectile) * u**2).mean()
+    return ((expectile - (u < 0).float()).abs() * u**2).mean()
 
 
 def q_target(rewards: Tensor, terminals: Tensor, next_v: Tensor, gamma: float) -> Tensor:
@@ -367,7 +368,7 @@ class DTQL:
         obs_dim, action_dim = task.obs.shape[1], task.actions.shape[1]
         env = task.make_env()
         bounds = (torch.as_tensor(bound, device=device, dtype=torch.float32)
-                  for bound in (env.action_space.low, env.action_space.high))  # fmt: skip
+                  for bound in (env.action_space.low, env.action_space.high))
         env.close()
         self.policy = Policy(args, obs_dim, *bounds)
         self.value, self.denoiser = Value(obs_dim).to(device), Denoiser(obs_dim, action_dim).to(device)
@@ -381,7 +382,7 @@ class DTQL:
             models["actor"].append(dict(type(self.policy.actor)(obs_dim, action_dim).named_parameters()))
         torch.manual_seed(args.seed)
         self.params = {net: {name: param.to(device).requires_grad_() for name, param in stack(stacked).items()}
-                       for net, stacked in models.items()}  # fmt: skip
+                       for net, stacked in models.items()}
         self.params["target_critic"] = {name: param.detach().clone() for name, param in self.params["critic"].items()}
         self.optimizers = {
             "critic": self._adam(3e-4, self.params["critic"], self.params["value"]),
@@ -437,7 +438,7 @@ class DTQL:
         return loss, loss.detach()[None]
 
     def actor_loss(self, actor: Params, denoiser: Params, critic: Params, batch: Batch, z: Tensor, sigma: Tensor,
-                   noise: Tensor) -> tuple[Tensor, Tensor]:  # fmt: skip
+                   noise: Tensor) -> tuple[Tensor, Tensor]:
         """Eq. 5, with the NLL term of Section 2.4. The diffusion policy and the critic are fixed."""
         metrics = []
         if self.args.policy == "gaussian":
@@ -492,7 +493,7 @@ class DTQL:
         if not training:
             return
         loss, metrics = actor_loss(params["actor"], detach(params["denoiser"]), detach(params["critic"]), batch,
-                                   noise[1], sigma[1], noise[2])  # fmt: skip
+                                   noise[1], sigma[1], noise[2])
         self.minimise("actor", loss)
         self.sums[3:] += metrics
 
@@ -517,12 +518,12 @@ class DTQL:
 
     def state_dict(self) -> dict[str, Any]:
         optimizers = {name: {"lr": optimizer.param_groups[0]["lr"], "state": list(optimizer.state.values())}
-                      for name, optimizer in self.optimizers.items()}  # fmt: skip
+                      for name, optimizer in self.optimizers.items()}
         return {
             "params": {network: detach(params) for network, params in self.params.items()}, "optimizers": optimizers,
             "sums": self.sums, "train_step": self.train_step, "obs_dim": self.widths[0],
             "action_low": self.policy.low, "action_high": self.policy.high,
-        }  # fmt: skip
+        }
 
     @torch.no_grad()
     def load_state_dict(self, saved: dict[str, Any]) -> None:
@@ -547,13 +548,13 @@ def load_policy(checkpoint: str, index: int = 0, num_candidates: int | None = No
     agent = state["agent"]
     policy = Policy(args, agent["obs_dim"], agent["action_low"], agent["action_high"])
     actor, critic = ({name: param[index][None] for name, param in agent["params"][network].items()}
-                     for network in ("actor", "target_critic"))  # fmt: skip
+                     for network in ("actor", "target_critic"))
     generator = torch.Generator(device).manual_seed(seed)
 
     def act(obs: np.ndarray) -> np.ndarray:
         obs = np.asarray(obs, np.float32)
         check(obs.ndim in (1, 2) and obs.shape[-1] == agent["obs_dim"],
-              f"observations must have shape ({agent['obs_dim']},) or (B, {agent['obs_dim']}), not {obs.shape}")  # fmt: skip
+              f"observations must have shape ({agent['obs_dim']},) or (B, {agent['obs_dim']}), not {obs.shape}")
         actions = policy.act(actor, critic, np.atleast_2d(obs)[None], generator)[0]
         return actions if obs.ndim == 2 else actions[0]
 
@@ -562,22 +563,15 @@ def load_policy(checkpoint: str, index: int = 0, num_candidates: int | None = No
 
 def evaluate(agent: DTQL, task: common.Task, envs: common.LockstepEnvs, epoch: int, run: common.Run) -> list[dict]:
     """One row of eval.csv per model. It has its own random state: training goes on as if it had not happened."""
-    args, start = agent.args, time.perf_counter()
-    seeds = [args.seed + i for i in range(args.num_seeds)]
+    args = agent.args
     generator = torch.Generator(agent.device).manual_seed(args.seed * 1_000_003 + epoch)
 
     def act(obs: np.ndarray) -> np.ndarray:
         run.check_stop()
         return agent.policy.act(agent.params["actor"], agent.params["target_critic"], obs, generator)
 
-    returns, lengths = common.run_episodes(envs, act, common.episode_seeds(seeds, epoch, args.eval_episodes))
-    scores, seconds = task.score(returns), time.perf_counter() - start
-    return [
-        {"epoch": epoch, "seed": seed, "return_mean": returns[i].mean(), "return_std": returns[i].std(),
-         "score_mean": scores[i].mean(), "score_std": scores[i].std(), "length_mean": lengths[i].mean(),
-         "episodes": args.eval_episodes, "eval_seconds": seconds}
-        for i, seed in enumerate(seeds)
-    ]  # fmt: skip
+    seeds = range(args.seed, args.seed + args.num_seeds)
+    return common.evaluate(task, envs, act, seeds, epoch, args.eval_episodes)
 
 
 LOG_EVERY = 100  # updates between readings of the losses, which make the host wait for the device
@@ -594,7 +588,7 @@ def main(args: Args) -> dict[str, Any]:
     pretrain_steps = args.pretrain_epochs * args.steps_per_epoch
     total_steps = pretrain_steps + args.epochs * args.steps_per_epoch
 
-    with common.Run(EXP_NAME, args, task, agent, device, total_steps) as run:
+    with contextlib.closing(envs), common.Run(EXP_NAME, args, task, agent, device, total_steps) as run:
         while True:
             epoch, within = divmod(run.step, args.steps_per_epoch)
             epoch -= args.pretrain_epochs
@@ -614,7 +608,6 @@ def main(args: Args) -> dict[str, Any]:
             run.log()
             run.save_now_and_then()
         run.save()
-    envs.close()
     return run.summary()
 
 

@@ -16,7 +16,7 @@ import dtql_continuous as dtql  # noqa: E402
 import d4rl_tasks  # noqa: E402
 
 TINY = dict(pretrain_epochs=1, epochs=2, steps_per_epoch=20, eval_episodes=2, num_candidates=8, batch_size=32,
-            cuda=False, compile=False, cudagraphs=False)  # fmt: skip
+            cuda=False, compile=False, cudagraphs=False)
 
 
 def write_d4rl(file: Path, rows: int = 600, obs_dim: int = 11, action_dim: int = 3, **changes) -> Path:

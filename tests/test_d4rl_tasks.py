@@ -43,7 +43,7 @@ def test_there_are_26_ids_that_gym_makes_by_either_name():
 def test_importing_twice_or_beside_another_registration_does_no_harm():
     code = ("import gymnasium as gym, importlib; gym.register('hopper-medium-v2', lambda: 'theirs');"
             "import d4rl_tasks; importlib.reload(d4rl_tasks); print(gym.spec('hopper-medium-v2').entry_point());"
-            "print(gym.make('d4rl/hopper-medium-v2').unwrapped)")  # fmt: skip
+            "print(gym.make('d4rl/hopper-medium-v2').unwrapped)")
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     theirs, ours = result.stdout.split("\n")[:2]
@@ -245,7 +245,7 @@ def test_kitchen_episodes_last_280_steps():
 
 
 @pytest.mark.parametrize(("env_id", "reference"), [("hopper-medium-v2", "Hopper-v4"), ("walker2d-medium-v2", "Walker2d-v4"),
-                                                   ("halfcheetah-medium-v2", "HalfCheetah-v4")])  # fmt: skip
+                                                   ("halfcheetah-medium-v2", "HalfCheetah-v4")])
 def test_locomotion_is_gymnasiums_v4(env_id, reference):
     ours, theirs = make(env_id), gym.make(reference)
     np.testing.assert_array_equal(ours.reset(seed=3)[0], theirs.reset(seed=3)[0])
@@ -286,7 +286,7 @@ def test_every_family_trains_and_is_evaluated_in_its_environment(env_id, tmp_pat
     spec = gym.spec(f"d4rl/{env_id}")
     monkeypatch.setattr(spec, "max_episode_steps", 15)
     args = make_args(tmp_path, **{**dtql.task_defaults(env_id), **dict(env_id=env_id, pretrain_epochs=0, epochs=1,
-                     steps_per_epoch=5, eval_episodes=3, num_candidates=4, batch_size=32)})  # fmt: skip
+                     steps_per_epoch=5, eval_episodes=3, num_candidates=4, batch_size=32)})
     (row,) = dtql.main(args)["rows"]
     assert row["score_mean"] == pytest.approx(100 * (row["return_mean"] - task.min_score) / (task.max_score - task.min_score))
     assert 0 < row["length_mean"] <= 15

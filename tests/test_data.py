@@ -25,7 +25,7 @@ def hand_made(tmp_path: Path, rows: int, terminals=(), timeouts=None) -> dict[st
     marks = lambda where: np.isin(np.arange(rows), where)
     file = write_d4rl(tmp_path / "file.hdf5", rows, observations=np.arange(rows, dtype=np.float32)[:, None],
                       rewards=np.arange(rows, dtype=np.float32), terminals=marks(terminals),
-                      timeouts=None if timeouts is None else marks(timeouts))  # fmt: skip
+                      timeouts=None if timeouts is None else marks(timeouts))
     return common.d4rl_transitions(file, limit=4)
 
 
@@ -146,7 +146,7 @@ def test_bad_downloads_leave_nothing(hopper, monkeypatch, kind):
     content = hopper.read_bytes()
     hopper.unlink()
     server = {"truncated": Server(content[:-100], claim=len(content)), "not HDF5": Server(b"<html>moved</html>"),
-              "empty": Server(b"")}[kind]  # fmt: skip
+              "empty": Server(b"")}[kind]
     monkeypatch.setenv("D4RL_BASE_URL", server.url)
     with pytest.raises(UserError, match="cannot download"):
         common.load_task("hopper-medium-v2")
@@ -180,7 +180,7 @@ def collect(monkeypatch, tmp_path: Path, env: gym.Env, name: str, steps: int = 2
 
 def test_minari_transitions(monkeypatch, tmp_path):
     episodes = collect(monkeypatch, tmp_path, gym.make("Pendulum-v1", max_episode_steps=30), "test/pendulum-v0",
-                       ref_min_score=-1000.0, ref_max_score=0.0)  # fmt: skip
+                       ref_min_score=-1000.0, ref_max_score=0.0)
     task = common.load_task("test/pendulum-v0")
     assert len(task.obs) == 200  # no step is dropped
     np.testing.assert_allclose(task.next_obs[29], episodes[0].observations[30], rtol=1e-6)

@@ -112,13 +112,13 @@ def test_the_diff_shows_the_two_methods_and_nothing_else():
 
 
 FLAGS = ["--env-id=hopper-medium-v2", "--epochs=4", "--pretrain-epochs=1", "--steps-per-epoch=20", "--eval-episodes=2",
-         "--num-candidates=8", "--batch-size=32"]  # fmt: skip
+         "--num-candidates=8", "--batch-size=32"]
 
 
 def test_killed_and_resumed_is_bit_equal(hopper, tmp_path):
     environment = {**os.environ, "D4RL_DATASET_DIR": str(hopper.parent)}
     run = lambda *flags: subprocess.Popen(command(*flags, script="kl_distill.py"), env=environment,
-                                          stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)  # fmt: skip
+                                          stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert run(*FLAGS, "--run-dir", tmp_path / "whole").wait(120) == 0
     process = run(*FLAGS, "--run-dir", tmp_path / "killed")
     run_dir = wait_for_checkpoint(tmp_path / "killed")

@@ -21,7 +21,7 @@ def make_agent(num_seeds: int = 1, obs_dim: int = 3, action_dim: int = 2, rows: 
 
     rng = np.random.default_rng(0)
     data = (rng.standard_normal((rows, obs_dim)), rng.uniform(-1, 1, (rows, action_dim)), rng.standard_normal(rows),
-            rng.random(rows) < 0.1, rng.standard_normal((rows, obs_dim)))  # fmt: skip
+            rng.random(rows) < 0.1, rng.standard_normal((rows, obs_dim)))
     task = common.Task(*(np.asarray(x, np.float32) for x in data), Env, lambda x: x, "return", False, "test")
     agent = dtql.DTQL if module is dtql else module.KLDistill
     return agent(module.Args(**{**TINY, "num_seeds": num_seeds, **changes}), task, torch.device("cpu"))
@@ -164,7 +164,7 @@ def test_critic_loss_is_equations_6_and_7():
 def test_policy_loss_is_equation_5_and_reaches_theta_only(policy):
     agent = make_agent(policy=policy, nll=policy == "gaussian", alpha=3.0)
     params = {net: {name: param[0].detach().requires_grad_() for name, param in agent.params[net].items()}
-              for net in ("actor", "denoiser", "critic")}  # fmt: skip
+              for net in ("actor", "denoiser", "critic")}
     obs, actions, rewards, terminals, next_obs = agent.data[:64].split(agent.widths, 1)
     batch = dtql.Batch(obs, actions, rewards[:, 0], terminals[:, 0], next_obs)
     torch.manual_seed(1)

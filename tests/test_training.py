@@ -19,7 +19,7 @@ from conftest import TINY, command, make_args, run_script, write_d4rl
 import dtql_continuous as dtql
 
 FLAGS = [f"--{'' if value is not False else 'no-'}{name.replace('_', '-')}{'' if isinstance(value, bool) else f'={value}'}"
-         for name, value in TINY.items() if name != "cudagraphs"]  # fmt: skip
+         for name, value in TINY.items() if name != "cudagraphs"]
 
 
 def rows_of(run_dir: str | Path) -> list[dict[str, str]]:
@@ -85,7 +85,7 @@ def test_a_run_leaves_a_whole_folder(hopper, tmp_path):
     events.Reload()
     tags = set(events.Tags()["scalars"])
     assert {"losses/critic", "losses/value", "losses/denoiser", "losses/actor", "losses/trust_region", "charts/SPS",
-            "eval/score_mean", "eval/score_mean_seed8"} <= tags  # fmt: skip
+            "eval/score_mean", "eval/score_mean_seed8"} <= tags
     assert [event.step for event in events.Scalars("losses/critic")] == [20, 40, 60, 80]
 
 
@@ -128,7 +128,7 @@ def start(hopper: Path, run_dir: Path, *flags: str) -> subprocess.Popen:
     environment = {**os.environ, "D4RL_DATASET_DIR": str(hopper.parent)}
     return subprocess.Popen(command("--env-id", "hopper-medium-v2", "--run-dir", run_dir, *FLAGS, "--epochs=8",
                                     "--eval-every=2", "--lr-decay", *flags), env=environment,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)  # fmt: skip
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def wait_for_checkpoint(parent: Path) -> Path:
