@@ -12,6 +12,7 @@ import json
 import multiprocessing
 import os
 import platform
+import re
 import shutil
 import signal
 import sys
@@ -148,6 +149,7 @@ def d4rl_id(env_id: str) -> str | None:
     Raises UserError for an id that is neither D4RL's nor Minari's.
     """
     if "/" in env_id:
+        check(re.search(r"-v\d+$", env_id) is not None, f"unknown task {env_id}: a Minari id ends in its version, like -v2")
         return next((name for name, task in d4rl_tasks.TASKS.items() if task.minari == env_id), None)
     near = difflib.get_close_matches(env_id, d4rl_tasks.TASKS, 3)
     hint = f"did you mean {' or '.join(near)}?" if near else f"D4RL ids look like {next(iter(d4rl_tasks.TASKS))}."
@@ -282,6 +284,7 @@ def _line(error: BaseException) -> str:
 
 
 def _load_minari(env_id: str) -> Task:
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # Minari's server: the last of its retries says enough
     import minari
 
     try:
@@ -289,6 +292,7 @@ def _load_minari(env_id: str) -> Task:
             if env_id == DEMO_ID:
                 collect_demo()
             else:
+                print(f"downloading {env_id} with Minari")
                 with _staged_minari(env_id):
                     minari.download_dataset(env_id)
         dataset = minari.load_dataset(env_id)

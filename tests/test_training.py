@@ -255,6 +255,7 @@ def test_an_error_in_a_worker_is_raised_here():
     ("flags", "message"),
     [
         (["--env-id", "hoper-medium-v2"], "unknown task hoper-medium-v2"),
+        (["--env-id", "D4RL/pen/human"], "ends in its version"),
         (["--env-id", "walker2d-medium-v2"], "put walker2d_medium-v2.hdf5 into"),
         (["--batch-size", "0"], "--batch-size"),
         (["--batch-size", "many"], "batch-size"),
