@@ -338,3 +338,16 @@ def test_stacked_update_is_the_plain_modules_update():
         optimizer.step()
         for name, param in v.named_parameters():
             torch.testing.assert_close(agent.params["value"][name][k].detach(), param.detach(), rtol=1e-4, atol=2e-5)
+
+
+def test_compiled_and_eager_updates_agree():
+    """From one state, with the same random numbers, three updates of every kind."""
+    agents = [make_agent(num_seeds=2, batch_size=32, compile=compiled) for compiled in (False, True)]
+    for agent in agents:
+        torch.manual_seed(7)
+        for training in (False, True, True):
+            agent.update(training)
+    for network, params in agents[0].params.items():
+        for name, param in params.items():
+            torch.testing.assert_close(agents[1].params[network][name], param, rtol=1e-3, atol=2e-5)
+    torch.testing.assert_close(agents[0].sums, agents[1].sums, rtol=1e-3, atol=1e-3)
