@@ -483,7 +483,8 @@ class LockstepEnvs:
     def __init__(self, make_env: Callable[[], gym.Env], seeds: Sequence[int], num_workers: int | None = None):
         """`seeds`: one for each copy. `num_workers`: below 2 all copies live in this process; None chooses by cores."""
         if num_workers is None:  # with fewer than 4 copies each, workers' messages cost more than they save
-            num_workers = min(len(os.sched_getaffinity(0)) - 1, len(seeds) // 4)
+            cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+            num_workers = min(cores - 1, len(seeds) // 4)
         self.num_copies, self.pipes, self.processes = len(seeds), [], []
         self.local = _Shard(make_env, seeds) if num_workers < 2 else None
         if self.local:
@@ -690,7 +691,7 @@ class Run:
         self._stop = False
         self._handlers = {number: signal.signal(number, self._on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
         # A killed run may have logged beyond its last checkpoint: those events are dropped
-        self.writer = SummaryWriter(str(self.dir), purge_step=self.step or None)
+        self.writer = SummaryWriter(str(self.dir), purge_step=self.step + 1 if self.step else None)
         self.progress = progress_bar(total=self.total_steps, initial=self.step, unit="update", smoothing=0.05)
         self._clock = time.perf_counter()
         return self

@@ -1,0 +1,81 @@
+"""The 2-D bandits: data, rewards, losses and what is counted; and each figure, much shortened."""
+
+import csv
+
+import matplotlib.image
+import pytest
+import toy_bandit
+import torch
+from toy_bandit import GRID, PROBLEMS
+
+
+def test_data_and_rewards():
+    torch.manual_seed(0)
+    points = toy_bandit.gaussians(20_000)
+    near = torch.cdist(points, GRID)
+    assert near.amin(1).mean() == pytest.approx(0.3 * (torch.pi / 2) ** 0.5, rel=0.02)  # Rayleigh
+    assert torch.bincount(near.argmin(1)).float().std() < 50
+    roll = toy_bandit.swiss_roll(20_000)
+    radius = roll.norm(dim=1)
+    assert 1.4 * torch.pi < radius.min() < 1.5 * torch.pi and 4.5 * torch.pi < radius.max() < 4.6 * torch.pi
+    best = [GRID[problem.reward(GRID) > problem.reward(GRID).max() - 1e-4] for problem in PROBLEMS[:3]]
+    assert len(best[0]) == 4 and best[1].tolist() == [[-10, 10]] and best[2].tolist() == [[0, 0]]
+    ends = [roll[problem.reward(roll).argmax()].norm() for problem in PROBLEMS[3:]]
+    assert ends[0] > 4.45 * torch.pi and ends[1] < 1.55 * torch.pi
+
+
+def test_what_is_counted():
+    torch.manual_seed(0)
+    data = toy_bandit.gaussians()
+    everywhere = toy_bandit.count(PROBLEMS[0], data, GRID.repeat(40, 1))
+    assert (everywhere["on data"], everywhere["modes"], everywhere["corners"]) == (100, 25, 4)
+    corner = toy_bandit.count(PROBLEMS[0], data, torch.tensor([[10.0, -10.0]]).repeat(50, 1))
+    assert (corner["modes"], corner["corners"], corner["in the best mode"]) == (1, 1, 100)
+    between = toy_bandit.count(PROBLEMS[0], data, torch.full((50, 2), 2.5))
+    assert (between["on data"], between["modes"]) == (0, 0)
+    roll = toy_bandit.swiss_roll()
+    assert toy_bandit.count(PROBLEMS[3], roll, roll[:1000])["tenths of the roll"] == 10
+
+
+def test_kl_gradient_is_the_weighted_difference_of_scores():
+    torch.manual_seed(0)
+    gaussian = lambda mean, std: lambda noisy, sigma: (std**2 * noisy + sigma**2 * mean) / (std**2 + sigma**2)
+    score = lambda mean, std, noisy, sigma: -(noisy - mean) / (std**2 + sigma**2)
+    actions, sigma = (3 * torch.randn(200, 2)).requires_grad_(), toy_bandit.sample_sigma(200)
+    torch.manual_seed(1)
+    toy_bandit.kl_loss(gaussian(1.0, 2.0), gaussian(-1.0, 1.0), actions, sigma).backward()
+    torch.manual_seed(1)
+    noisy = actions.detach() + sigma * torch.randn(200, 2)
+    distance = (actions.detach() - gaussian(1.0, 2.0)(noisy, sigma)).abs().mean(1, keepdim=True)
+    weight = sigma**2 / distance.clamp(min=toy_bandit.KL_FLOOR)
+    expected = weight * (score(-1.0, 1.0, noisy, sigma) - score(1.0, 2.0, noisy, sigma)) / 400
+    torch.testing.assert_close(actions.grad, expected, rtol=1e-3, atol=1e-5)
+
+
+def test_noise_levels_are_the_truncated_logistic():
+    torch.manual_seed(0)
+    sigma = toy_bandit.sample_sigma(100_000)
+    assert 0.002 <= sigma.min() and sigma.max() <= 80.1
+    assert sigma.median().item() == pytest.approx(0.5, rel=0.02)
+    assert (sigma > 2).float().mean().item() == pytest.approx(1 / (1 + 4**2), abs=0.003)
+
+
+@pytest.mark.parametrize(("number", "rows"), [(1, 10), (2, 2), (3, 4)])
+def test_each_figure_leaves_a_picture_and_a_table(number, rows, tmp_path, monkeypatch, capfd):
+    for name in ("ITERATIONS", "KL_ITERATIONS"):
+        monkeypatch.setattr(toy_bandit, name, 3)
+    result = toy_bandit.main(toy_bandit.Args(figure=number, seed=1, out_dir=str(tmp_path)))
+    with open(tmp_path / f"figure{number}_seed1.csv") as file:
+        assert len(list(csv.DictReader(file))) == len(result) == rows
+    assert matplotlib.image.imread(tmp_path / f"figure{number}_seed1.png").std() > 0.05  # not blank
+    assert str(result[0]["problem"]) in capfd.readouterr().out
+
+
+def test_the_trust_region_settles_on_one_corner(monkeypatch):
+    """Column 1 of Figure 6, the paper's point: one mode, on the data (1,800 iterations are enough for that)."""
+    torch.manual_seed(0)
+    monkeypatch.setattr(toy_bandit, "ITERATIONS", 1800)
+    data, _, policy = toy_bandit.train(PROBLEMS[0], "trust region")
+    with torch.no_grad():
+        numbers = toy_bandit.count(PROBLEMS[0], data, policy(torch.randn(1000, 2)))
+    assert numbers["on data"] >= 95 and numbers["modes"] == 1

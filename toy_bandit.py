@@ -1,0 +1,369 @@
+"""The paper's 2-D bandits: what the diffusion trust region does, and what KL regularisation does instead.
+
+    python toy_bandit.py              Figure 6: trust region (top) and KL (bottom) on five problems
+    python toy_bandit.py --figure 1   the trust-region loss over the action plane at five noise levels
+    python toy_bandit.py --figure 2   KL without any Q
+    python toy_bandit.py --figure 3   columns 1 and 5 of Figure 6
+
+One constant state, two-dimensional actions on their raw scale. The whole method in one page: the diffusion model
+(Eq. 2), IQL's critic (Eqs. 6, 7), and the one-step policy with Eq. 4 or Eq. 12 beside -Q (Eq. 5).
+"""
+
+import copy
+import csv
+import math
+import multiprocessing
+import os
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+import torch.nn as nn
+import tyro
+from torch import Tensor
+from tqdm import tqdm
+
+
+@dataclass
+class Args:
+    """Draw a figure of the paper's 2-D bandits, with a table of what can be counted."""
+
+    figure: Literal[1, 2, 3, 6] = 6
+    """which figure of the paper"""
+    seed: int = 0
+    """seed of data, networks and noise"""
+    out_dir: str = "figures"
+    """folder for the picture (PNG) and the table (CSV)"""
+
+
+SIGMA_DATA, SIGMA_MIN, SIGMA_MAX = 0.5, 0.002, 80.0  # EDM (Appendix B)
+SIGMA_GEN = 2.5  # noise level at which the implicit policy generates in one step
+HIDDEN, LEARNING_RATE, EXPECTILE, GAMMA = 128, 3e-3, 0.95, 0.99
+BATCH, ITERATIONS = 256, 3500  # of the diffusion model and of the trust-region row
+KL_BATCH, KL_ITERATIONS = 1024, 2500  # a difference of two learnt scores is noisy: it needs larger batches
+ON_DATA = 0.5  # a sample nearer than this to a data point lies on the data
+KL_RATE = 1e-3  # of the KL row's policy: slower than its fake score
+KL_FLOOR = 0.2  # of the KL weight's denominator: without it the step explodes on the data
+
+
+# ---- data and rewards --------------------------------------------------------------------------------------------------
+
+GRID = torch.cartesian_prod(*[torch.linspace(-10, 10, 5)] * 2)  # the modes of the 25 Gaussians
+TOP_LEFT = torch.tensor([-10.0, 10.0])
+
+
+def gaussians(n: int = 10_000) -> Tensor:
+    """25 Gaussians of std 0.3 on a grid, (n, 2)."""
+    return GRID[torch.randint(len(GRID), (n,))] + 0.3 * torch.randn(n, 2)
+
+
+def swiss_roll(n: int = 10_000) -> Tensor:
+    """A spiral of radius = angle in [1.5 pi, 4.5 pi] with noise 0.1, (n, 2)."""
+    angle = 1.5 * math.pi * (1 + 2 * torch.rand(n, 1))
+    return angle * torch.cat((angle.cos(), angle.sin()), 1) + 0.1 * torch.randn(n, 2)
+
+
+def distance(a: Tensor) -> Tensor:
+    return a.norm(dim=-1)
+
+
+def top_left_doubled(a: Tensor) -> Tensor:
+    return distance(a) * (1 + ((a - TOP_LEFT).norm(dim=-1) < 1.5))
+
+
+def nearness(a: Tensor, furthest: float) -> Tensor:
+    return furthest - distance(a)
+
+
+@dataclass
+class Problem:
+    """A column of Figure 6."""
+
+    title: str
+    sample: Callable[[], Tensor]
+    reward: Callable[[Tensor], Tensor]
+    trust_region_weight: float = 1.0
+
+
+PROBLEMS = [
+    Problem("four best corners", gaussians, distance),
+    Problem("top left doubled", gaussians, top_left_doubled),
+    Problem("centre best", gaussians, lambda a: nearness(a, 15.5)),
+    Problem("outer end best", swiss_roll, distance, trust_region_weight=5.0),
+    Problem("inner end best", swiss_roll, lambda a: nearness(a, 15.5)),
+]
+
+
+# ---- networks ------------------------------------------------------------------------------------------------------------
+
+
+def mlp(inputs: int, outputs: int, activation: type[nn.Module] = nn.Mish, norm: bool = False) -> nn.Sequential:
+    layers = []
+    for width in (inputs, HIDDEN, HIDDEN):
+        layers += [nn.Linear(width, HIDDEN), *([nn.LayerNorm(HIDDEN)] if norm else []), activation()]
+    return nn.Sequential(*layers, nn.Linear(HIDDEN, outputs))
+
+
+def c_out(sigma: Tensor) -> Tensor:
+    return sigma * SIGMA_DATA * torch.rsqrt(sigma**2 + SIGMA_DATA**2)
+
+
+class Denoiser(nn.Module):
+    """mu_phi(a_t, t) with EDM's preconditioning (Appendix B): (B, 2), sigma (B, 1) -> (B, 2)."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = mlp(2 + 16, 2)
+        self.register_buffer("frequencies", 10000 ** (-torch.arange(8) / 7))
+
+    def forward(self, noisy: Tensor, sigma: Tensor) -> Tensor:
+        variance = sigma**2 + SIGMA_DATA**2
+        angles = torch.log(sigma) / 4 * self.frequencies
+        output = self.net(torch.cat((noisy * torch.rsqrt(variance), angles.sin(), angles.cos()), -1))
+        return SIGMA_DATA**2 / variance * noisy + c_out(sigma) * output
+
+
+class GaussianPolicy(nn.Module):
+    """a = scale tanh(mean + std z), the policy of the trust-region row."""
+
+    def __init__(self, scale: float):
+        super().__init__()
+        self.net, self.scale = mlp(1, 4, nn.ReLU), scale
+
+    def forward(self, z: Tensor) -> Tensor:
+        mean, log_std = self.net(torch.zeros(1, 1)).chunk(2, -1)
+        return self.scale * torch.tanh(mean + log_std.clamp(-5, 2).exp() * z)
+
+
+class ImplicitPolicy(Denoiser):
+    """a = D_theta(sigma_gen z, sigma_gen), the policy of the KL row; it starts as the diffusion model (theta = phi)."""
+
+    def forward(self, z: Tensor) -> Tensor:
+        return super().forward(SIGMA_GEN * z, torch.full((1, 1), SIGMA_GEN).expand(len(z), 1))
+
+
+# ---- losses --------------------------------------------------------------------------------------------------------------
+
+
+def sample_sigma(n: int) -> Tensor:
+    """log sigma ~ logistic(log sigma_data, 0.5), truncated (Appendix B)."""
+    low, high = (1 / (1 + (SIGMA_DATA / sigma) ** 2) for sigma in (SIGMA_MIN, SIGMA_MAX))
+    return SIGMA_DATA * torch.exp(0.5 * torch.logit(low + (high - low) * torch.rand(n, 1)))
+
+
+def denoising_loss(denoiser: nn.Module, actions: Tensor, sigma: Tensor) -> Tensor:
+    """Eq. 2 (actions from the data) and the trust-region loss, Eq. 4 (actions of the policy)."""
+    denoised = denoiser(actions + sigma * torch.randn_like(actions), sigma)
+    return ((denoised - actions) / c_out(sigma)).square().mean()
+
+
+def kl_loss(real: nn.Module, fake: nn.Module, actions: Tensor, sigma: Tensor) -> Tensor:
+    """Eq. 12 by its gradient, the weighted difference of scores (Algorithm 2)."""
+    with torch.no_grad():
+        noisy = actions + sigma * torch.randn_like(actions)
+        pred_real, pred_fake = real(noisy, sigma), fake(noisy, sigma)
+        weight = (actions - pred_real).abs().mean(-1, keepdim=True).clamp(min=KL_FLOOR)
+        target = actions - (pred_fake - pred_real) / weight
+    return 0.5 * (actions - target).square().mean()
+
+
+# ---- training ------------------------------------------------------------------------------------------------------------
+
+
+def train(problem: Problem, method: Literal["diffusion", "trust region", "KL"], q_weight: float = 1.0):
+    """Train the diffusion model, the critic and a one-step policy at once. Returns data, denoiser and policy."""
+    data = problem.sample()
+    rewards = problem.reward(data)
+    denoiser, value, critics = Denoiser(), mlp(1, 1), [mlp(2, 1, norm=True), mlp(2, 1, norm=True)]
+    state = torch.zeros(1, 1)  # the only one, and always the next one too
+    adam = lambda *nets, rate=LEARNING_RATE: torch.optim.Adam([p for net in nets for p in net.parameters()], rate)
+    optimizers = {"denoiser": adam(denoiser), "critic": adam(value, *critics)}
+
+    def step(name: str, loss: Tensor) -> None:
+        optimizer = optimizers[name]
+        optimizer.zero_grad()
+        loss.backward(inputs=optimizer.param_groups[0]["params"])
+        optimizer.step()
+
+    def train_denoiser(actions: Tensor) -> None:
+        step("denoiser", denoising_loss(denoiser, actions, sample_sigma(len(actions))))
+
+    def train_critic(actions: Tensor, reward: Tensor) -> None:
+        v, q = value(state).squeeze(), torch.cat([critic(actions) for critic in critics], 1)
+        u = q.detach().amin(1) - v
+        value_loss = ((EXPECTILE - (u < 0).float()).abs() * u**2).mean()  # Eq. 6
+        target = reward + GAMMA * v.detach()  # Eq. 7; never terminal, so that Q grows to the order of a thousand
+        step("critic", value_loss + (target[:, None] - q).square().mean(0).sum())
+
+    policy = GaussianPolicy(data.abs().max().item())
+    if method != "trust region":  # the diffusion model comes first: it is what the policy is distilled from
+        for _ in tqdm(range(ITERATIONS), desc=f"diffusion, {problem.title}", leave=False):
+            train_denoiser(data[torch.randint(len(data), (BATCH,))])
+    if method == "diffusion":
+        return data, denoiser, None
+    if method == "KL":
+        policy, fake = ImplicitPolicy(), copy.deepcopy(denoiser)
+        policy.load_state_dict(denoiser.state_dict())
+        optimizers["fake"] = adam(fake)
+    optimizers["policy"] = adam(policy, rate=LEARNING_RATE if method == "trust region" else KL_RATE)
+
+    size, iterations = (BATCH, ITERATIONS) if method == "trust region" else (KL_BATCH, KL_ITERATIONS)
+    for iteration in tqdm(range(iterations), desc=f"{method}, {problem.title}", leave=False):
+        if method == "KL":  # both decay to 0: the scores' noise would keep the samples off the data
+            for name, rate in (("policy", KL_RATE), ("fake", LEARNING_RATE)):
+                optimizers[name].param_groups[0]["lr"] = rate * (1 + math.cos(math.pi * iteration / iterations)) / 2
+        batch = torch.randint(len(data), (size,))
+        if q_weight:
+            train_critic(data[batch], rewards[batch])
+        actions = policy(torch.randn(size, 2))
+        if method == "trust region":
+            train_denoiser(data[batch])
+            regularisation = problem.trust_region_weight * denoising_loss(denoiser, actions, sample_sigma(size))
+        else:
+            regularisation = kl_loss(denoiser, fake, actions, sample_sigma(size))
+        q = torch.cat([critic(actions) for critic in critics], 1).amin(1).mean() if q_weight else 0
+        step("policy", regularisation - q_weight * q)  # Eq. 5
+        if method == "KL":
+            step("fake", denoising_loss(fake, policy(torch.randn(size, 2)).detach(), sample_sigma(size)))
+    return data, denoiser, policy
+
+
+# ---- counting and drawing ------------------------------------------------------------------------------------------------
+
+
+def count(problem: Problem, data: Tensor, samples: Tensor) -> dict[str, float]:
+    """What a picture shows, in numbers; shares in per cent. On the data: nearer than 0.5 to a data point."""
+    rewards, best = problem.reward(samples), problem.reward(data).max()
+    result = {"on data": 100 * (torch.cdist(samples, data).amin(1) < ON_DATA).float().mean()}
+    if problem.sample is gaussians:
+        near = torch.cdist(samples, GRID)
+        hits = torch.bincount(near.argmin(1)[near.amin(1) < 1.5], minlength=len(GRID)).float() / len(samples)
+        of_modes = problem.reward(GRID)
+        result["modes"] = (hits > 0.002).sum()
+        result["corners"] = (hits[distance(GRID) > 14] > 0.01).sum()
+        result["in the best mode"] = 100 * hits[of_modes > of_modes.max() - 1e-3].max()
+    else:  # stretches of the roll, a tenth of its angle each
+        angle = samples.norm(dim=-1)[torch.cdist(samples, data).amin(1) < ON_DATA]
+        parts = torch.histc((angle - 1.5 * math.pi) / (3 * math.pi), 10, 0, 1) / len(samples)
+        result["tenths of the roll"] = (parts > 0.002).sum()
+    result["mean reward"] = rewards.mean()
+    result["of the best reward"] = 100 * rewards.mean() / best
+    return {name: round(float(value), 1) for name, value in result.items()}
+
+
+def draw(axes: plt.Axes, data: Tensor, colours: np.ndarray | str, samples: Tensor | None, title: str) -> object:
+    points = axes.scatter(*data.T.numpy(), c=colours, s=2, rasterized=True)
+    if samples is not None:
+        axes.scatter(*samples.T.numpy(), c="red", s=3, linewidths=0, alpha=0.5, rasterized=True)
+    axes.set(aspect="equal", title=title, xlim=(-16, 16), ylim=(-16, 16))
+    axes.tick_params(labelsize=7)
+    return points
+
+
+def sampled(job: tuple[int, str, float, int]) -> tuple[Tensor, Tensor]:
+    """Data of a problem and 1000 samples of the policy trained on it: (problem, method, weight of Q, seed)."""
+    index, method, q_weight, seed = job
+    torch.manual_seed(seed)
+    data, _, policy = train(PROBLEMS[index], method, q_weight)
+    with torch.no_grad():
+        return data, policy(torch.randn(1000, 2))
+
+
+def sample_all(jobs: list[tuple[int, str, float, int]]) -> Iterator[tuple[Tensor, Tensor]]:
+    """`sampled` of all jobs, one on each core: the networks are too small to share cores."""
+    torch.set_num_threads(1)
+    with multiprocessing.get_context("fork").Pool(min(len(jobs), os.cpu_count())) as pool:
+        yield from tqdm(pool.imap(sampled, jobs), total=len(jobs), unit="training", desc="all")
+
+
+def comparison(columns: list[int], seed: int, report: Callable) -> plt.Figure:
+    """Figures 3 and 6: the samples of both methods, over the data coloured by reward."""
+    figure, grid = plt.subplots(2, len(columns), figsize=(3 * len(columns) + 1, 6.2), layout="constrained")
+    jobs = [(index, method, 1.0, seed) for index in columns for method in ("trust region", "KL")]
+    for axes, (index, method, *_), (data, samples) in zip(grid.T.ravel(), jobs, sample_all(jobs)):
+        problem = PROBLEMS[index]
+        report(method, problem.title, count(problem, data, samples))
+        points = draw(axes, data, problem.reward(data).numpy(), samples, f"{method}: {problem.title}")
+    bar = figure.colorbar(points, ax=grid, shrink=0.6, label="reward", ticks=points.get_clim())
+    bar.ax.set_yticklabels(["low", "high"])
+    return figure
+
+
+def coverage(seed: int, report: Callable) -> plt.Figure:
+    """Figure 2: KL without any Q covers the data."""
+    figure, grid = plt.subplots(1, 2, figsize=(7, 3.6), layout="constrained")
+    jobs = [(index, "KL", 0.0, seed) for index in (0, 3)]
+    for axes, (index, *_), (data, samples) in zip(grid, jobs, sample_all(jobs)):
+        name = "25 Gaussians" if index == 0 else "Swiss roll"
+        report("KL without Q", name, count(PROBLEMS[index], data, samples))
+        draw(axes, data, "tab:green", samples, f"KL without Q: {name}")
+    return figure
+
+
+def heat_maps(report: Callable) -> plt.Figure:
+    """Figure 1: the trust-region loss of each action at five noise levels."""
+    levels = (0.1, 0.5, 1.0, 2.0, 4.0)
+    figure, grid = plt.subplots(2, 6, figsize=(17, 6), layout="constrained")
+    axis = torch.linspace(-16, 16, 129)
+    plane = torch.cartesian_prod(axis, axis)
+    for row, problem in zip(grid, (PROBLEMS[0], PROBLEMS[3])):
+        data, denoiser, _ = train(problem, "diffusion")
+        name = "25 Gaussians" if problem.sample is gaussians else "Swiss roll"
+        draw(row[0], data, "tab:green", None, name)
+        near = torch.cdist(plane, data).amin(1)
+        for axes, level in zip(row[1:], levels):
+            with torch.no_grad():  # the mean over 64 draws of the noise
+                losses = [((denoiser(plane + level * torch.randn_like(plane), torch.full((len(plane), 1), level)) - plane)
+                           / level).square().mean(1) for _ in range(64)]
+            loss = torch.stack(losses).mean(0)
+            report(f"t = {level:g}", name, {"loss on the data": round(loss[near < 0.2].mean().item(), 3),
+                                            "0.5-1 away": round(loss[(near > 0.5) & (near < 1)].mean().item(), 3),
+                                            "over 3 away": round(loss[near > 3].mean().item(), 3)})
+            image = axes.imshow(loss.reshape(129, 129).T.clamp(min=1e-3).log().numpy(), origin="lower", extent=(-16, 16, -16, 16))
+            axes.set(title=f"{name}: t = {level:g}")
+            bar = figure.colorbar(image, ax=axes, shrink=0.7, ticks=image.get_clim(), label="log loss")
+            bar.ax.set_yticklabels(["low", "high"])
+    return figure
+
+
+def main(args: Args) -> list[dict[str, object]]:
+    """Draw the figure; prints and returns the table."""
+    torch.manual_seed(args.seed)
+    out = Path(args.out_dir)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        print(f"error: cannot write to {out} ({error}): choose another --out-dir", file=sys.stderr)
+        sys.exit(2)
+    rows: list[dict[str, object]] = []
+
+    def report(method: str, problem: str, numbers: dict[str, float]) -> None:
+        rows.append({"figure": args.figure, "seed": args.seed, "method": method, "problem": problem, **numbers})
+        tqdm.write(f"{method:14} {problem:18} " + "   ".join(f"{name} {value:g}" for name, value in numbers.items()))
+
+    if args.figure == 1:
+        figure = heat_maps(report)
+    elif args.figure == 2:
+        figure = coverage(args.seed, report)
+    else:
+        figure = comparison([0, 4] if args.figure == 3 else [0, 1, 2, 3, 4], args.seed, report)
+    name = out / f"figure{args.figure}_seed{args.seed}"
+    figure.savefig(name.with_suffix(".png"), dpi=110)
+    with open(name.with_suffix(".csv"), "w", newline="") as file:
+        writer = csv.DictWriter(file, list(dict.fromkeys(key for row in rows for key in row)))
+        writer.writeheader()
+        writer.writerows(rows)
+    print(f"{name}.png, {name}.csv")
+    return rows
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args))
