@@ -207,7 +207,7 @@ def d4rl_transitions(file: Path, limit: int) -> dict[str, np.ndarray]:
     except (OSError, RuntimeError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{file} is not a complete HDF5 file ({_line(error)}): delete it to download it again") from None
     missing = [key for key in keys if key not in arrays]
-    check(not missing, f"{file} lacks D4RL's key(s) {', '.join(missing)}: delete it to download it again")
+    check(not missing, f"{file} lacks the key(s) {', '.join(missing)}: delete it to download it again")
     for key, dimensions in keys.items():
         check(arrays[key].ndim == dimensions and len(arrays[key]) == len(arrays["observations"]),
               f"{file}: {key} has shape {arrays[key].shape}, which does not fit observations "

@@ -272,7 +272,7 @@ def test_files_and_scores_of_the_table():
 def test_readme_lists_every_row_of_the_table():
     readme = (ROOT / "README.md").read_text()
     for env_id, task in TASKS.items():
-        row = next(line for line in readme.splitlines() if line.startswith(f"| `{env_id}`"))
+        row = next(line for line in readme.splitlines() if line.startswith(f"| `{env_id}` |"))
         for cell in (f"`{task.file}`", f" {task.min_score:g} to {task.max_score:g} ", f" {task.limit} ", task.minari or "none"):
             assert cell in row, (env_id, cell)
 
