@@ -310,7 +310,7 @@ def coverage(seed: int, report: Callable) -> plt.Figure:
 
 def heat_maps(report: Callable) -> plt.Figure:
     """Figure 1: the trust-region loss of each action at five noise levels."""
-    levels = (0.1, 0.5, 1.0, 2.0, 4.0)
+    levels = (0.4, 0.8, 1.5, 3.0, 5.0)
     figure, grid = plt.subplots(2, 6, figsize=(17, 6), layout="constrained")
     axis = torch.linspace(-16, 16, 129)
     plane = torch.cartesian_prod(axis, axis)
@@ -329,7 +329,7 @@ def heat_maps(report: Callable) -> plt.Figure:
                                             "over 3 away": round(loss[near > 3].mean().item(), 3)})
             image = axes.imshow(loss.reshape(129, 129).T.clamp(min=1e-3).log().numpy(), origin="lower", extent=(-16, 16, -16, 16))
             axes.set(title=f"{name}: t = {level:g}")
-            bar = figure.colorbar(image, ax=axes, shrink=0.7, ticks=image.get_clim(), label="log loss")
+            bar = figure.colorbar(image, ax=axes, shrink=0.45, ticks=image.get_clim(), label="log loss")
             bar.ax.set_yticklabels(["low", "high"])
     return figure
 
