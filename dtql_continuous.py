@@ -384,10 +384,11 @@ class DTQL:
         self.params = {net: {name: param.to(device).requires_grad_() for name, param in stack(stacked).items()}
                        for net, stacked in models.items()}
         self.params["target_critic"] = {name: param.detach().clone() for name, param in self.params["critic"].items()}
+        self.learning_rates = {"critic": 3e-4, "denoiser": args.learning_rate, "actor": args.learning_rate}
         self.optimizers = {
-            "critic": self._adam(3e-4, self.params["critic"], self.params["value"]),
-            "denoiser": self._adam(args.learning_rate, self.params["denoiser"]),
-            "actor": self._adam(args.learning_rate, self.params["actor"]),
+            "critic": self._adam("critic", self.params["critic"], self.params["value"]),
+            "denoiser": self._adam("denoiser", self.params["denoiser"]),
+            "actor": self._adam("actor", self.params["actor"]),
         }
         self.train_step = torch.zeros((), device=device)  # updates since pretraining, for the learning rate
 
@@ -397,11 +398,11 @@ class DTQL:
         self.sums = torch.zeros(len(self.metrics), args.num_seeds, device=device)  # since the last log
         self.losses = [self._over_models(loss) for loss in (self.critic_loss, self.denoiser_loss, self.actor_loss)]
 
-    def _adam(self, learning_rate: float, *networks: Params) -> torch.optim.Adam:
+    def _adam(self, name: str, *networks: Params) -> torch.optim.Adam:
         params = [param for network in networks for param in network.values()]
         cuda = self.device.type == "cuda"
         # The learning rate is a tensor, and the state exists from the start, because a CUDA graph keeps addresses
-        learning_rate = torch.tensor(learning_rate, device=self.device)
+        learning_rate = torch.tensor(self.learning_rates[name], device=self.device)
         optimizer = torch.optim.Adam(params, learning_rate, fused=True, capturable=cuda)
         for param in params:
             zeros = [torch.zeros_like(param) for _ in range(2)]
@@ -480,7 +481,7 @@ class DTQL:
         if training and args.lr_decay:
             decay = (1 + torch.cos(math.pi * self.train_step / (args.epochs * args.steps_per_epoch))) / 2
             for network, optimizer in self.optimizers.items():
-                optimizer.param_groups[0]["lr"].copy_(decay * (3e-4 if network == "critic" else args.learning_rate))
+                optimizer.param_groups[0]["lr"].copy_(decay * self.learning_rates[network])
 
         loss, metrics = critic_loss(params["critic"], params["value"], batch)
         self.minimise("critic", loss)

@@ -363,11 +363,13 @@ class KLDistill:
         self.params = {net: {name: param.to(device).requires_grad_() for name, param in stack(stacked).items()}
                        for net, stacked in models.items()}
         self.params["target_critic"] = {name: param.detach().clone() for name, param in self.params["critic"].items()}
+        self.learning_rates = {"critic": 3e-4, "denoiser": args.learning_rate, "actor": args.learning_rate / 10,
+                               "fake": args.learning_rate}
         self.optimizers = {
-            "critic": self._adam(3e-4, self.params["critic"], self.params["value"]),
-            "denoiser": self._adam(args.learning_rate, self.params["denoiser"]),
-            "actor": self._adam(args.learning_rate / 10, self.params["actor"]),
-            "fake": self._adam(args.learning_rate, self.params["fake"]),
+            "critic": self._adam("critic", self.params["critic"], self.params["value"]),
+            "denoiser": self._adam("denoiser", self.params["denoiser"]),
+            "actor": self._adam("actor", self.params["actor"]),
+            "fake": self._adam("fake", self.params["fake"]),
         }
         self.train_step = torch.zeros((), device=device)  # updates since pretraining, for the learning rate
 
@@ -376,11 +378,11 @@ class KLDistill:
         losses = (self.critic_loss, self.denoiser_loss, self.actor_loss, self.fake_loss)
         self.losses = [self._over_models(loss) for loss in losses]
 
-    def _adam(self, learning_rate: float, *networks: Params) -> torch.optim.Adam:
+    def _adam(self, name: str, *networks: Params) -> torch.optim.Adam:
         params = [param for network in networks for param in network.values()]
         cuda = self.device.type == "cuda"
         # The learning rate is a tensor, and the state exists from the start, because a CUDA graph keeps addresses
-        learning_rate = torch.tensor(learning_rate, device=self.device)
+        learning_rate = torch.tensor(self.learning_rates[name], device=self.device)
         optimizer = torch.optim.Adam(params, learning_rate, fused=True, capturable=cuda)
         for param in params:
             zeros = [torch.zeros_like(param) for _ in range(2)]
@@ -460,8 +462,7 @@ class KLDistill:
         if training and args.lr_decay:
             decay = (1 + torch.cos(math.pi * self.train_step / (args.epochs * args.steps_per_epoch))) / 2
             for network, optimizer in self.optimizers.items():
-                rate = {"critic": 3e-4, "actor": args.learning_rate / 10}.get(network, args.learning_rate)
-                optimizer.param_groups[0]["lr"].copy_(decay * rate)
+                optimizer.param_groups[0]["lr"].copy_(decay * self.learning_rates[network])
 
         if args.q:
             loss, metrics = critic_loss(params["critic"], params["value"], batch)
