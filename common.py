@@ -47,21 +47,28 @@ class UserError(Exception):
 # ---- command line --------------------------------------------------------------------------------------------------
 
 
-def parse_args(cls: type, defaults: Callable[[str], dict[str, Any]], argv: Sequence[str] | None = None) -> Any:
-    """Parse the command line into the dataclass `cls`, whose real defaults depend on the task.
+def parse_args(cls: type, task_defaults: Callable[[str], dict[str, Any]], run_defaults: Callable[[Any], dict[str, Any]],
+               argv: Sequence[str] | None = None) -> Any:
+    """Parse the command line into the dataclass `cls`, whose real defaults depend on the task and on each other.
 
-    `defaults(env_id)` gives the fields in which the task differs from `cls`. With `--resume RUN_DIR` the defaults are
-    the settings of that run. Exits with status 2 and one line on stderr if the arguments cannot be parsed.
+    `task_defaults(env_id)` gives the fields in which the task differs from `cls`, `run_defaults(args)` those that follow
+    from the other arguments. With `--resume RUN_DIR` the defaults are the settings of that run. Exits with status 2 and
+    one line on stderr if the arguments cannot be parsed.
     """
-    argv = sys.argv[1:] if argv is None else list(argv)
     first = dataclasses.make_dataclass("First", [("env_id", str, cls.env_id), ("resume", str | None, None)])
+    given, _ = cli(first, argv, return_unknown_args=True, add_help=False)
+    settings = _resumed_settings(cls, given.resume) if given.resume else task_defaults(given.env_id)
+    settings = {"env_id": given.env_id, **settings, "resume": given.resume}
+    args = cli(cls, argv, default=cls(**settings))
+    return args if given.resume else cli(cls, argv, default=cls(**{**settings, **run_defaults(args)}))
+
+
+def cli(cls: type, argv: Sequence[str] | None = None, **options: Any) -> Any:
+    """`tyro.cli`, but what is wrong with the arguments is one line on stderr. Exits with status 2 after it."""
     captured = io.StringIO()
     try:
         with contextlib.redirect_stderr(captured):
-            given, _ = tyro.cli(first, args=argv, return_unknown_args=True, add_help=False)
-            settings = _resumed_settings(cls, given.resume) if given.resume else defaults(given.env_id)
-            settings = {"env_id": given.env_id, **settings, "resume": given.resume}
-            return tyro.cli(cls, args=argv, default=cls(**settings), description=cls.__doc__)
+            return tyro.cli(cls, args=argv, description=cls.__doc__, **options)
     except SystemExit as exit:
         if exit.code == 2:  # tyro draws a box: keep its message, drop the frame, the title and the help text
             lines = [line.strip("│╭╮╰╯─ ") for line in captured.getvalue().splitlines()]
@@ -847,24 +854,53 @@ def _create_run_dir(parent: str, env_id: str, exp_name: str, seed: int) -> Path:
 # ---- CUDA graphs ---------------------------------------------------------------------------------------------------
 
 
-def capture(function: Callable[[], None], state: Sequence[torch.Tensor]) -> Callable[[], None]:
-    """Capture `function`, which takes and returns nothing and works on tensors of static shape, in a CUDA graph.
+@functools.cache
+def _can_compile(device: torch.device) -> bool:
+    try:
+        x = torch.ones(64, device=device, requires_grad=True)
+        torch.compile(lambda x: x.sin().sum())(x).backward()
+        return True
+    except Exception as error:
+        print(f"note: going on without --compile, torch.compile does not work here: {_line(error)}", file=sys.stderr)
+        return False
 
-    Capturing needs a few runs for warming up; `state`, every tensor that `function` changes, and the random state are
-    put back afterwards. Returns a function that replays the graph; noise differs from replay to replay.
+
+def compile(function: Callable[..., Any], device: torch.device) -> Callable[..., Any]:
+    """`function`, which works on tensors of static shape, through torch.compile.
+
+    That needs a C++ compiler, on a GPU also triton: without them one note is printed and `function` itself returned.
     """
-    saved, random_state = [tensor.clone() for tensor in state], torch.cuda.get_rng_state()
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            function()
-    torch.cuda.current_stream().wait_stream(stream)
+    if not _can_compile(device):
+        return function
+    # Compute a ReLU's mask again for the gradient: to store bools costs a vectorised loop on the CPU ten times its time
+    torch._functorch.config.ban_recompute_materialized_backward = False
+    return torch.compile(function, dynamic=False)
+
+
+def warm_up(update: Callable[[], None], state: Sequence[torch.Tensor], device: torch.device,
+            graph: bool) -> Callable[[], None]:
+    """Let what `update` contains be compiled, and with `graph` capture it in a CUDA graph; says how long that took.
+
+    `update` takes and returns nothing and works on tensors of static shape. It runs a few times for this; `state`, every
+    tensor that it changes, and the random state are put back afterwards. Returns a function that does the same; noise
+    differs from call to call.
+    """
+    started, cuda = time.perf_counter(), device.type == "cuda"
+    generator = torch.cuda.default_generators[torch.cuda.current_device()] if cuda else torch.default_generator
+    saved, random_state = [tensor.clone() for tensor in state], generator.get_state()
+    with torch.cuda.stream(torch.cuda.Stream()) if graph else contextlib.nullcontext():  # capturing asks for another stream
+        for _ in range(3 if graph else 1):
+            update()
+    if cuda:
+        torch.cuda.synchronize()
     with torch.no_grad():
         for tensor, value in zip(state, saved):
             tensor.copy_(value)
-    torch.cuda.set_rng_state(random_state)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        function()
-    return graph.replay
+    generator.set_state(random_state)
+    if graph:
+        cuda_graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(cuda_graph):
+            update()
+        update = cuda_graph.replay
+    tqdm.write(f"update made ready in {time.perf_counter() - started:.0f} s", file=sys.stderr)
+    return update

@@ -45,7 +45,7 @@ class Args:
     torch_deterministic: bool = True
     """use deterministic kernels, so that a run can be repeated bit by bit on the same machine"""
     compile: bool = False
-    """compile the losses with torch.compile"""
+    """compile the losses with torch.compile; it takes a minute, so runs of less than 10,000 updates default to no"""
     cudagraphs: bool = torch.cuda.is_available()
     """replay the whole update as a CUDA graph (not used with --no-cuda)"""
     resume: Annotated[str | None, tyro.conf.arg(metavar="RUN_DIR")] = None
@@ -128,6 +128,11 @@ def task_defaults(env_id: str) -> dict[str, Any]:
     )
 
 
+def run_defaults(args: Args) -> dict[str, Any]:
+    """The defaults that depend on other arguments."""
+    return {"compile": (args.pretrain_epochs + args.epochs) * args.steps_per_epoch >= 10_000}
+
+
 def check_args(args: Args) -> None:
     """Raise UserError for settings that cannot work."""
     for name in ("num_seeds", "batch_size", "steps_per_epoch", "eval_every", "eval_episodes", "num_candidates"):
@@ -164,6 +169,18 @@ def c_out(sigma: Tensor) -> Tensor:
 HIDDEN = 256
 
 
+class Mish(nn.Mish):
+    """x tanh(softplus(x)), as x n / (2 - n) with n = s (2 - s) and s = sigmoid(x): the exp, log1p and tanh of torch's own
+    take a CPU as long as the matrix product beside them. A GPU that does not compile wants torch's single kernel."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.is_cuda and not torch.compiler.is_compiling():
+            return F.mish(x)
+        s = torch.sigmoid(x)
+        n = s * (2 - s)
+        return x * n / (2 - n)
+
+
 def linear_of_cat(layer: nn.Linear, *inputs: Tensor) -> Tensor:
     """layer(cat(inputs)), where the inputs broadcast: with obs (n, 1, S) and actions (n, N, A) the state's share is
     computed once, not N times."""
@@ -177,12 +194,12 @@ class Denoiser(nn.Module):
 
     def __init__(self, obs_dim: int, action_dim: int):
         super().__init__()
-        self.time = nn.Sequential(nn.Linear(16, 32), nn.Mish(), nn.Linear(32, 16))
+        self.time = nn.Sequential(nn.Linear(16, 32), Mish(), nn.Linear(32, 16))
         self.input = nn.Linear(action_dim + obs_dim + 16, HIDDEN)
         self.net = nn.Sequential(
-            nn.Linear(HIDDEN, HIDDEN), nn.Mish(),
-            nn.Linear(HIDDEN, HIDDEN), nn.Mish(),
-            nn.Linear(HIDDEN, HIDDEN), nn.Mish(),
+            nn.Linear(HIDDEN, HIDDEN), Mish(),
+            nn.Linear(HIDDEN, HIDDEN), Mish(),
+            nn.Linear(HIDDEN, HIDDEN), Mish(),
             nn.Linear(HIDDEN, action_dim),
         )
         self.register_buffer("frequencies", 10000 ** (-torch.arange(8) / 7), persistent=False)
@@ -203,9 +220,9 @@ class Critic(nn.Module):
         super().__init__()
         self.input = nn.Linear(obs_dim + action_dim, HIDDEN)
         self.net = nn.Sequential(
-            nn.LayerNorm(HIDDEN), nn.Mish(),
-            nn.Linear(HIDDEN, HIDDEN), nn.LayerNorm(HIDDEN), nn.Mish(),
-            nn.Linear(HIDDEN, HIDDEN), nn.LayerNorm(HIDDEN), nn.Mish(),
+            nn.LayerNorm(HIDDEN), Mish(),
+            nn.Linear(HIDDEN, HIDDEN), nn.LayerNorm(HIDDEN), Mish(),
+            nn.Linear(HIDDEN, HIDDEN), nn.LayerNorm(HIDDEN), Mish(),
             nn.Linear(HIDDEN, 1),
         )
 
@@ -219,9 +236,9 @@ class Value(nn.Module):
     def __init__(self, obs_dim: int):
         super().__init__()
         self.net = nn.Sequential(
-            nn.Linear(obs_dim, HIDDEN), nn.Mish(),
-            nn.Linear(HIDDEN, HIDDEN), nn.Mish(),
-            nn.Linear(HIDDEN, HIDDEN), nn.Mish(),
+            nn.Linear(obs_dim, HIDDEN), Mish(),
+            nn.Linear(HIDDEN, HIDDEN), Mish(),
+            nn.Linear(HIDDEN, HIDDEN), Mish(),
             nn.Linear(HIDDEN, 1),
         )
 
@@ -296,6 +313,8 @@ class Policy:
     def __init__(self, args: Args, obs_dim: int, action_low: Tensor, action_high: Tensor):
         self.args, self.low, self.high = args, action_low, action_high
         self.critic = Critic(obs_dim, len(action_low)).to(action_low.device)
+        choose_all = lambda *arguments: torch.vmap(self.choose)(*arguments)
+        self.choose_all = common.compile(choose_all, action_low.device) if args.compile else choose_all
         self.actor = ImplicitActor(obs_dim, len(action_low)).to(action_low.device)
 
     def q(self, params: Params, obs: Tensor, actions: Tensor) -> Tensor:
@@ -320,14 +339,15 @@ class Policy:
     def act(self, actor: Params, critic: Params, obs: np.ndarray, generator: torch.Generator) -> np.ndarray:
         """Actions (K, n, A) of K models in the environment's units for observations (K, n, S)."""
         device, n = self.low.device, obs.shape[1]
-        size = n if device.type == "cuda" else 4  # on a CPU the candidates' activations should stay in the cache
+        size = 16 if device.type == "cuda" else 1  # one shape, compiled once; on a CPU it should stay in the cache
+        padded = F.pad(torch.as_tensor(obs, dtype=torch.float32, device=device), (0, 0, 0, -n % size))
         chosen = []
-        for part in torch.as_tensor(obs, dtype=torch.float32, device=device).split(size, 1):
+        for part in padded.split(size, 1):
             shape = (*part.shape[:2], self.args.num_candidates if self.args.q else 1)
             z = torch.randn(*shape, len(self.low), device=device, generator=generator)
             gumbel = -torch.log(torch.empty(shape, device=device).exponential_(generator=generator))
-            chosen.append(torch.vmap(self.choose)(actor, critic, part, z, gumbel))
-        return (self.low + (torch.cat(chosen, 1) + 1) / 2 * (self.high - self.low)).cpu().numpy()
+            chosen.append(self.choose_all(actor, critic, part, z, gumbel))
+        return (self.low + (torch.cat(chosen, 1)[:, :n] + 1) / 2 * (self.high - self.low)).cpu().numpy()
 
 
 class KLDistill:
@@ -395,7 +415,7 @@ class KLDistill:
             losses, metrics = torch.vmap(loss, out_dims=(0, 1))(*arguments)
             return losses.sum(), metrics
 
-        return torch.compile(summed) if self.args.compile else summed
+        return common.compile(summed, self.device) if self.args.compile else summed
 
     def denoise(self, params: Params) -> Callable[..., Tensor]:
         """One model's diffusion policy; what it predicts is clamped to the actions there are."""
@@ -488,13 +508,13 @@ class KLDistill:
             torch._foreach_lerp_(list(targets), list(online), args.tau)
             self.train_step += 1
 
-    @functools.cache
     def make_update(self, training: bool) -> Callable[[], None]:
-        """`update` as it runs fastest: replayed from a CUDA graph, where there is a GPU."""
-        update = functools.partial(self.update, training)
-        if not (self.args.cudagraphs and self.device.type == "cuda"):
+        """`update` as it runs fastest: compiled, and on a GPU replayed from a CUDA graph."""
+        update, graph = functools.partial(self.update, training), self.args.cudagraphs and self.device.type == "cuda"
+        if not (self.args.compile or graph):
             return update
-        return common.capture(update, [x for x in tree_leaves(self.state_dict()) if isinstance(x, Tensor)])
+        state = [x for x in tree_leaves(self.state_dict()) if isinstance(x, Tensor)]
+        return common.warm_up(update, state, self.device, graph)
 
     @torch.no_grad()
     def start_training(self) -> None:
@@ -531,7 +551,7 @@ def load_policy(checkpoint: str, index: int = 0, num_candidates: int | None = No
     state = common.load_checkpoint(checkpoint, device)
     args = Args(**state["args"])
     check(-args.num_seeds <= index < args.num_seeds, f"{checkpoint} holds {args.num_seeds} model(s): there is no {index}")
-    args = replace(args, num_candidates=num_candidates or args.num_candidates)
+    args = replace(args, num_candidates=num_candidates or args.num_candidates, compile=False)
     agent = state["agent"]
     policy = Policy(args, agent["obs_dim"], agent["action_low"], agent["action_high"])
     actor, critic = ({name: param[index][None] for name, param in agent["params"][network].items()}
@@ -575,6 +595,8 @@ def main(args: Args) -> dict[str, Any]:
     pretrain_steps = args.pretrain_epochs * args.steps_per_epoch
     total_steps = pretrain_steps + args.epochs * args.steps_per_epoch
 
+    make_update = functools.cache(agent.make_update)
+
     with contextlib.closing(envs), common.Run(EXP_NAME, args, task, agent, device, total_steps) as run:
         while True:
             epoch, within = divmod(run.step, args.steps_per_epoch)
@@ -587,7 +609,7 @@ def main(args: Args) -> dict[str, Any]:
                 break
             if run.step == pretrain_steps:
                 agent.start_training()
-            update = agent.make_update(training=run.step >= pretrain_steps)
+            update = make_update(training=run.step >= pretrain_steps)
             for _ in range(min(args.steps_per_epoch - within, LOG_EVERY - within % LOG_EVERY)):
                 update()
                 run.advance(1)
@@ -599,4 +621,4 @@ def main(args: Args) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    common.run(main, lambda: common.parse_args(Args, task_defaults))
+    common.run(main, lambda: common.parse_args(Args, task_defaults, run_defaults))

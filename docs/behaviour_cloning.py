@@ -27,4 +27,4 @@ if __name__ == "__main__":
     dtql.DTQL, dtql.EXP_NAME = BehaviourCloning, "behaviour_cloning"
     # One candidate: a plain sample of the policy, in which no Q has a say
     defaults = lambda env_id: {**dtql.task_defaults(env_id), "num_candidates": 1}
-    common.run(dtql.main, lambda: common.parse_args(dtql.Args, defaults))
+    common.run(dtql.main, lambda: common.parse_args(dtql.Args, defaults, dtql.run_defaults))

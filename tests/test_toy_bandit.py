@@ -62,8 +62,9 @@ def test_noise_levels_are_the_truncated_logistic():
 
 @pytest.mark.parametrize(("number", "rows"), [(1, 10), (2, 2), (3, 4)])
 def test_each_figure_leaves_a_picture_and_a_table(number, rows, tmp_path, monkeypatch, capfd):
-    for name in ("ITERATIONS", "KL_ITERATIONS"):
-        monkeypatch.setattr(toy_bandit, name, 3)
+    monkeypatch.setattr(toy_bandit, "ITERATIONS", 3)
+    for problem in PROBLEMS:
+        monkeypatch.setattr(problem, "kl_iterations", 3)
     result = toy_bandit.main(toy_bandit.Args(figure=number, seed=1, out_dir=str(tmp_path)))
     with open(tmp_path / f"figure{number}_seed1.csv") as file:
         assert len(list(csv.DictReader(file))) == len(result) == rows

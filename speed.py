@@ -1,0 +1,323 @@
+"""How fast training and evaluation are, and how near an update comes to its matrix products alone.
+
+    python speed.py                      on the GPU, if there is one
+    OMP_NUM_THREADS=1 python speed.py    on one core of the CPU
+
+Training, by number of models and batch size. All variants are measured in turn, round by round, in this one process:
+
+    plain     the paper line by line: one module and one Adam (unfused) each, Q evaluated twice, gradients also of the
+              networks that stay fixed. One model only
+    eager     dtql_continuous.py with --no-compile --no-cudagraphs
+    compile   ... with --compile --no-cudagraphs
+    graph     ... with --no-compile --cudagraphs (GPU)
+    both      ... with --compile --cudagraphs (GPU)
+    products  the floor: the matrix products of one eager update, and nothing else
+
+The ratio is that to eager in the same round. Rates are medians over the rounds, with the lowest and the highest.
+"""
+
+import copy
+import csv
+import functools
+import platform
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import gymnasium as gym
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import common
+import d4rl_tasks  # noqa: F401  registers the environments
+import dtql_continuous as dtql
+
+
+@dataclass
+class Args:
+    """Measure updates per second and actions per second."""
+
+    cuda: bool = torch.cuda.is_available()
+    """measure on the GPU"""
+    models: tuple[int, ...] = (1, 5)
+    """numbers of models that train at once"""
+    batch_sizes: tuple[int, ...] = (256, 2048)
+    """transitions per update and model"""
+    rounds: int = 7
+    """how often each variant is measured, for a second or more each time"""
+    csv: str = "speed.csv"
+    """file for the table"""
+
+
+ENV_ID = "d4rl/antmaze-large-diverse-v0"
+OBS_DIM, ACTION_DIM, ROWS = 29, 8, 1_000_000  # of the AntMaze files
+PAPER_UPDATES = 1_050_000  # 50 epochs of pretraining and 1000 of training (Table 4, locomotion)
+
+
+def random_task() -> common.Task:
+    """An AntMaze with random transitions: what the numbers are does not change the time."""
+    draw = np.random.default_rng(0).uniform
+    columns = (draw(-1, 1, shape).astype(np.float32)
+               for shape in ((ROWS, OBS_DIM), (ROWS, ACTION_DIM), ROWS, ROWS, (ROWS, OBS_DIM)))
+    return common.Task(*columns, lambda: gym.make(ENV_ID), lambda r: r, "return", False, "random")
+
+
+# ---- the paper line by line ------------------------------------------------------------------------------------------
+
+
+def mlp(inputs: int, outputs: int, activation: type[nn.Module] = nn.Mish, norm: bool = False) -> nn.Sequential:
+    layers = []
+    for width in (inputs, 256, 256):
+        layers += [nn.Linear(width, 256), *([nn.LayerNorm(256)] if norm else []), activation()]
+    return nn.Sequential(*layers, nn.Linear(256, outputs))
+
+
+class PlainDenoiser(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.time = nn.Sequential(nn.Linear(16, 32), nn.Mish(), nn.Linear(32, 16))
+        self.net = nn.Sequential(nn.Linear(ACTION_DIM + OBS_DIM + 16, 256), mlp(256, ACTION_DIM))
+        self.register_buffer("frequencies", 10000 ** (-torch.arange(8) / 7))
+
+    def forward(self, noisy_actions: Tensor, sigma: Tensor, obs: Tensor) -> Tensor:
+        variance = sigma**2 + 0.25
+        angles = sigma.log() / 4 * self.frequencies
+        embedding = self.time(torch.cat((angles.sin(), angles.cos()), 1))
+        output = self.net(torch.cat((noisy_actions / variance.sqrt(), obs, embedding), 1))
+        return 0.25 / variance * noisy_actions + 0.5 * sigma / variance.sqrt() * output
+
+
+class Plain:
+    """One model without any of the script's devices: modules, five optimizers, one loss after the other."""
+
+    def __init__(self, task: common.Task, batch_size: int, device: torch.device):
+        self.batch_size, self.device = batch_size, device
+        self.data = [torch.as_tensor(column, device=device) for column in task[:5]]
+        self.qs = [mlp(OBS_DIM + ACTION_DIM, 1, norm=True).to(device) for _ in range(2)]
+        self.targets = copy.deepcopy(self.qs)
+        self.v, self.denoiser = mlp(OBS_DIM, 1).to(device), PlainDenoiser().to(device)
+        self.actor = mlp(OBS_DIM, 2 * ACTION_DIM, nn.ReLU).to(device)
+        self.optimizers = {net: torch.optim.Adam(net.parameters(), 3e-4, foreach=False)
+                           for net in (*self.qs, self.v, self.denoiser, self.actor)}
+
+    def step(self, net: nn.Module, loss: Tensor) -> None:
+        self.optimizers[net].zero_grad()
+        loss.backward()
+        self.optimizers[net].step()
+
+    def sample(self, obs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        mean, log_std = self.actor(obs).chunk(2, 1)
+        log_std = log_std.clamp(-5, 2)
+        return torch.tanh(mean + log_std.exp() * torch.randn_like(mean)), mean, log_std
+
+    def q(self, obs: Tensor, actions: Tensor) -> list[Tensor]:
+        return [q(torch.cat((obs, actions), 1)).squeeze(1) for q in self.qs]
+
+    def denoising_loss(self, actions: Tensor, obs: Tensor) -> Tensor:
+        sigma = dtql.sample_sigma(torch.rand(len(obs), 1, device=self.device))
+        denoised = self.denoiser(actions + sigma * torch.randn_like(actions), sigma, obs).clamp(-1, 1)
+        return (((denoised - actions) / dtql.c_out(sigma)) ** 2).mean()
+
+    def update(self) -> None:
+        batch = torch.randint(ROWS, (self.batch_size,), device=self.device)
+        obs, actions, rewards, terminals, next_obs = (column[batch] for column in self.data)
+        with torch.no_grad():
+            q = torch.minimum(*self.q(obs, actions))
+        u = q - self.v(obs).squeeze(1)
+        self.step(self.v, ((0.9 - (u < 0).float()).abs() * u**2).mean())
+        with torch.no_grad():
+            target = rewards + 0.99 * (1 - terminals) * self.v(next_obs).squeeze(1)
+        for net, q in zip(self.qs, self.q(obs, actions)):
+            self.step(net, F.mse_loss(q, target))
+        self.step(self.denoiser, self.denoising_loss(actions, obs))
+        a, mean, log_std = self.sample(obs)
+        z = (torch.atanh(actions / 1.001) - mean) / log_std.exp()
+        nll = (0.5 * z**2 + log_std).sum(1).mean()
+        self.step(self.actor, self.denoising_loss(a, obs) - torch.minimum(*self.q(obs, a)).mean() + nll)
+        for net, target_net in zip(self.qs, self.targets):
+            for param, target_param in zip(net.parameters(), target_net.parameters()):
+                target_param.data.copy_(0.005 * param.data + 0.995 * target_param.data)
+
+    @torch.no_grad()
+    def act(self, obs: np.ndarray) -> np.ndarray:
+        """One action for one observation (1, S): 1024 policy passes, one for each candidate."""
+        repeated = torch.as_tensor(obs, dtype=torch.float32, device=self.device).expand(1024, -1)
+        candidates = self.sample(repeated)[0]
+        q = torch.minimum(*(q(torch.cat((repeated, candidates), 1)) for q in self.targets)).squeeze(1)
+        return candidates[torch.multinomial(torch.softmax(q, 0), 1)].cpu().numpy()
+
+
+# ---- measuring ---------------------------------------------------------------------------------------------------------
+
+
+class Products(TorchDispatchMode):
+    """Collects the matrix products made under it, and their number of floating-point operations."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls: list[Callable[[], Tensor]] = []
+        self.flops = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function._schema.name in ("aten::mm", "aten::bmm", "aten::addmm", "aten::baddbmm"):
+            a, b = (x.detach().clone(memory_format=torch.preserve_format) for x in args[-2:])
+            self.calls.append(functools.partial(torch.matmul, a, b, out=torch.empty_like(torch.matmul(a, b))))
+            self.flops += 2 * a.numel() * b.shape[-1]
+        return function(*args, **(kwargs or {}))
+
+    @torch.no_grad()
+    def run(self) -> None:
+        for call in self.calls:
+            call()
+
+
+def rate(function: Callable[[], object], seconds: float, device: torch.device) -> float:
+    """Calls per second, over at least `seconds`."""
+    calls, started = 0, time.perf_counter()
+    while True:
+        for _ in range(max(1, calls)):
+            function()
+        calls = max(1, 2 * calls)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        elapsed = time.perf_counter() - started
+        if elapsed > seconds:
+            return calls / elapsed
+
+
+def in_turn(functions: dict[str, Callable[[], object]], rounds: int, device: torch.device) -> dict[str, list[float]]:
+    """The rates of several functions, measured in turn `rounds` times after one round for warming up."""
+    rates: dict[str, list[float]] = {name: [] for name in functions}
+    for measured in common.progress_bar(iterable=range(rounds + 1), desc=" ".join(functions), leave=False):
+        for name, function in functions.items():
+            value = rate(function, 1.0 if measured else 0.2, device)
+            if measured:
+                rates[name].append(value)
+    return rates
+
+
+def summary(rates: list[float], reference: list[float]) -> dict[str, float]:
+    ratios = [a / b for a, b in zip(rates, reference)]
+    values = {"per_second": statistics.median(rates), "low": min(rates), "high": max(rates),
+              "ratio": statistics.median(ratios), "ratio_low": min(ratios), "ratio_high": max(ratios)}
+    return {name: float(f"{value:.4g}") for name, value in values.items()}
+
+
+def peak_memory(device: torch.device) -> int:
+    """MB: on a GPU of its allocator since the last reset, on the CPU of the process since it began."""
+    if device.type == "cuda":
+        return round(torch.cuda.max_memory_allocated() / 2**20)
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**10 if sys.platform == "linux" else 2**20))
+
+
+def measure_training(task: common.Task, models: int, batch_size: int, rounds: int, device: torch.device) -> list[dict]:
+    settings = dict(num_seeds=models, batch_size=batch_size, cuda=device.type == "cuda", **PAPER)
+    variants = {"eager": (False, False), "compile": (True, False)}
+    if device.type == "cuda":
+        variants |= {"graph": (False, True), "both": (True, True)}
+    functions: dict[str, Callable[[], object]] = {}
+    startup, memory = {}, {}
+    if models == 1:
+        functions["plain"] = Plain(task, batch_size, device).update
+    for name, (compiled, graph) in variants.items():
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated() / 2**20
+        started = time.perf_counter()
+        agent = dtql.DTQL(dtql.Args(**settings, compile=compiled, cudagraphs=graph), task, device)
+        functions[name] = agent.make_update(training=True)
+        functions[name]()
+        startup[name] = round(time.perf_counter() - started, 1)
+        memory[name] = round(peak_memory(device) - before) if device.type == "cuda" else peak_memory(device)
+        if name == "eager":
+            with Products() as products:
+                agent.update(training=True)
+    functions["products"] = common.warm_up(products.run, [], device, True) if device.type == "cuda" else products.run
+    rates = in_turn(functions, rounds, device)
+    rows = []
+    for name, values in rates.items():
+        row = {"what": "updates", "variant": name, "models": models, "batch": batch_size,
+               **summary(values, rates["eager"])}
+        row["model_updates_per_second"] = float(f"{models * row['per_second']:.4g}")
+        row["hours_to_1050000_updates"] = round(PAPER_UPDATES / row["per_second"] / 3600, 2)
+        row |= {"startup_seconds": startup.get(name), "peak_memory_mb": memory.get(name)}
+        if name == "products":
+            row["gflops"] = round(products.flops * row["per_second"] / 1e9)
+        rows.append(row)
+    return rows
+
+
+# Table 4's AntMaze settings, without what is measured
+PAPER = dict(env_id=ENV_ID.removeprefix("d4rl/"), nll=True, lr_decay=True, epochs=1000, steps_per_epoch=1000)
+
+
+def measure_evaluation(task: common.Task, rounds: int, device: torch.device) -> list[dict]:
+    """Steps per second of an AntMaze: all episodes in lock-step, against one environment at a time."""
+    agent = dtql.DTQL(dtql.Args(cuda=device.type == "cuda", **PAPER), task, device)
+    plain, generator = Plain(task, 256, device), torch.Generator(device).manual_seed(0)
+
+    def act(obs: np.ndarray) -> np.ndarray:
+        return agent.policy.act(agent.params["actor"], agent.params["target_critic"], obs, generator)
+
+    def report(what: str, functions: dict[str, Callable[[], object]], sizes: list[int]) -> list[dict]:
+        rates = in_turn(functions, rounds, device)
+        scaled = {name: [size * value for value in rates[name]] for name, size in zip(functions, sizes)}
+        return [{"what": what, "variant": name, **summary(values, scaled["plain"])} for name, values in scaled.items()]
+
+    states = np.zeros((1, 100, OBS_DIM), np.float32)
+    rows = report("actions", {"plain": lambda: plain.act(states[0, :1]), "1 state": lambda: act(states[:, :1]),
+                              "10 states": lambda: act(states[:, :10]), "100 states": lambda: act(states)}, [1, 1, 10, 100])
+
+    single, copies = task.make_env(), common.LockstepEnvs(task.make_env, range(10))
+    everyone = np.arange(10)
+    single.reset(seed=0)
+    copies.reset(everyone, everyone)
+    # An episode has 1000 steps; time goes on counting after that, which does not change what a step costs
+    rows += report("environment steps", {
+        "plain": lambda: single.unwrapped.step(plain.act(states[0, :1])[0]),
+        "10 in lock-step": lambda: copies.step(everyone, act(states[:, :10])[0]),
+    }, [1, 10])
+    copies.close()
+    if device.type == "cuda":
+        envs = common.make_lockstep_envs(task, 0, 1, 100)
+        started = time.perf_counter()
+        common.evaluate(task, envs, act, [0], 0, 100)
+        rows.append({"what": "100 AntMaze episodes", "seconds": round(time.perf_counter() - started, 1)})
+        envs.close()
+    return rows
+
+
+def main(args: Args) -> list[dict]:
+    """Measure, print and write the table; returns its rows."""
+    device = common.find_device(args.cuda, False)
+    common.seed_everything(0, True)
+    name = torch.cuda.get_device_name() if args.cuda else f"CPU, {torch.get_num_threads()} thread(s)"
+    print(f"{name}, {platform.platform()}, Python {platform.python_version()}, torch {torch.__version__}")
+    task, rows = random_task(), []
+
+    def report(new: list[dict]) -> None:
+        rows.extend(new)
+        for row in new:
+            print("   ".join(f"{key} {value}" for key, value in row.items() if value is not None), flush=True)
+
+    for models in args.models:
+        for batch_size in args.batch_sizes:
+            report(measure_training(task, models, batch_size, args.rounds, device))
+    report(measure_evaluation(task, args.rounds, device))
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    with open(args.csv, "w", newline="") as file:
+        writer = csv.DictWriter(file, columns)
+        writer.writeheader()
+        writer.writerows(rows)
+    return rows
+
+
+if __name__ == "__main__":
+    common.run(main, lambda: common.cli(Args))

@@ -1,0 +1,120 @@
+"""Compilation changes the time and nothing else; the measurements measure what they say."""
+
+import csv
+import subprocess
+import sys
+
+import common
+import dtql_continuous as dtql
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import ROOT, make_args, run_script
+from test_math import make_agent
+from test_training import FLAGS, assert_same_end
+
+import speed
+
+NO_COMPILE = [flag for flag in FLAGS if "compile" not in flag]
+
+
+def test_mish_is_mish():
+    x = torch.cat((torch.linspace(-30, 30, 2001), torch.tensor([-200.0, -88.0, 88.0, 200.0]))).requires_grad_()
+    ours, exact = dtql.Mish()(x), F.mish(x.double())
+    assert (ours - exact).abs().max() < 1e-5 and ours.isfinite().all()
+    torch.testing.assert_close(torch.autograd.grad(ours.sum(), x)[0], torch.autograd.grad(exact.sum(), x)[0], atol=1e-6, rtol=1e-5)
+
+
+@pytest.fixture
+def compiled_graphs():
+    """How many graphs were compiled so far."""
+    return lambda: torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
+def test_compiled_run_compiles_nothing_after_the_first_evaluation(hopper, tmp_path, monkeypatch, capsys, compiled_graphs):
+    counts, evaluate = [], dtql.evaluate
+    monkeypatch.setattr(dtql, "evaluate", lambda *args: (evaluate(*args), counts.append(compiled_graphs()))[0])
+    args = make_args(tmp_path, compile=True, num_seeds=2, epochs=3, eval_every=1, eval_episodes=3)
+    dtql.main(args)
+    counts.append(compiled_graphs())
+    assert len(counts) == 4 and counts[0] >= 4 and len(set(counts)) == 1, counts  # three losses and the choice of actions
+    assert capsys.readouterr().err.count("update made ready in") == 2  # pretraining and training
+
+
+def test_compiled_run_resumes_to_the_bit(hopper, tmp_path, monkeypatch):
+    whole = dtql.main(make_args(tmp_path, compile=True))["run_dir"]
+    count, advance = [], common.Run.advance
+
+    def stop_in_training(run: common.Run, steps: int) -> None:
+        advance(run, steps)
+        count.append(run)
+        if len(count) == 33:
+            run._stop = True
+
+    monkeypatch.setattr(common.Run, "advance", stop_in_training)
+    with pytest.raises(common.Interrupted):
+        dtql.main(make_args(tmp_path, compile=True))
+    stopped = str(count[0].dir)
+    resumed = dtql.main(make_args(tmp_path, compile=True, resume=stopped))["run_dir"]
+    assert_same_end(whole, resumed)
+
+
+def test_compiled_and_eager_policies_act_alike():
+    obs = np.random.default_rng(0).standard_normal((2, 5, 3)).astype(np.float32)
+    actions = []
+    for compiled in (False, True):
+        agent = make_agent(num_seeds=2, compile=compiled)
+        generator = torch.Generator().manual_seed(0)
+        actions.append(agent.policy.act(agent.params["actor"], agent.params["target_critic"], obs, generator))
+    np.testing.assert_allclose(actions[1], actions[0], rtol=1e-4, atol=1e-5)
+
+
+def test_without_a_compiler_a_run_goes_on_with_one_note(hopper, tmp_path):
+    flags = ["--env-id", "hopper-medium-v2", *NO_COMPILE]
+    path = tmp_path / "bin"  # a PATH with python and nothing else
+    path.mkdir()
+    (path / "python").symlink_to(sys.executable)
+    result = run_script(*flags, "--compile", "--run-dir", tmp_path / "a", PATH=str(path), CXX="no-such-compiler",
+                        TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "cache"))
+    assert result.returncode == 0, result.stderr
+    assert result.stderr.count("note: going on without --compile") == 1, result.stderr
+    eager = run_script(*flags, "--no-compile", "--run-dir", tmp_path / "b")
+    assert eager.returncode == 0, eager.stderr
+    assert_same_end(*(next((tmp_path / name).iterdir()) for name in "ab"))
+
+
+@pytest.mark.parametrize("flags, compiled", [
+    ([], False),  # the demo, 3000 updates
+    (["--env-id", "hopper-medium-v2"], True),
+    (["--env-id", "hopper-medium-v2", "--epochs", "9", "--pretrain-epochs", "0"], False),
+    (["--env-id", "hopper-medium-v2", "--no-compile"], False),
+    (["--compile"], True),
+])
+def test_only_long_runs_are_compiled_unless_asked_for(flags, compiled):
+    assert common.parse_args(dtql.Args, dtql.task_defaults, dtql.run_defaults, flags).compile == compiled
+
+
+def test_speed_table(tmp_path):
+    """The command of the README, cut short: every variant is there, and the floor is below the update."""
+    table = tmp_path / "speed.csv"
+    result = subprocess.run([sys.executable, ROOT / "speed.py", "--no-cuda", "--models", "1", "--batch-sizes", "32",
+                             "--rounds", "1", "--csv", table], capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    with open(table) as file:
+        rows = {(row["what"], row["variant"]): row for row in csv.DictReader(file)}
+    updates = {variant: float(row["per_second"]) for (what, variant), row in rows.items() if what == "updates"}
+    assert updates.keys() == {"plain", "eager", "compile", "products"}
+    assert all(value > 0 for value in updates.values()) and updates["products"] > updates["eager"]
+    assert float(rows["updates", "eager"]["ratio"]) == 1
+    hours = float(rows["updates", "eager"]["hours_to_1050000_updates"])
+    assert hours == pytest.approx(1_050_000 / updates["eager"] / 3600, rel=0.01)
+    assert ("environment steps", "10 in lock-step") in rows and ("actions", "100 states") in rows
+
+
+def test_products_are_counted():
+    """One product of (3, 4) by (4, 5) forward, two backward: 3 * 2 * 60 operations."""
+    a, b = torch.randn(3, 4, requires_grad=True), torch.randn(4, 5, requires_grad=True)
+    with speed.Products() as products:
+        (a @ b).sum().backward()
+    assert products.flops == 360 and len(products.calls) == 3
