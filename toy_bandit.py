@@ -48,11 +48,10 @@ class Args:
 SIGMA_DATA, SIGMA_MIN, SIGMA_MAX = 0.5, 0.002, 80.0  # EDM (Appendix B)
 SIGMA_GEN = 2.5  # noise level at which the implicit policy generates in one step
 HIDDEN, LEARNING_RATE, EXPECTILE, GAMMA = 128, 3e-3, 0.95, 0.99
-BATCH, ITERATIONS = 256, 3500
+POLICY_RATE = 1e-3  # slower than what it follows
+BATCH, PRETRAINING, ITERATIONS = 256, 1000, 2500
+KL_BATCH, KL_PRETRAINING = 1024, 2500  # a difference of two learnt scores is noisy
 ON_DATA = 0.5  # a sample nearer than this to a data point lies on the data
-# The KL row. A difference of two learnt scores is noisy, so batches are larger and learning rates decay
-KL_BATCH = 1024
-KL_RATE = 1e-3  # of the policy: slower than its fake score
 KL_FLOOR = 0.2  # of the weight's denominator: without it the step explodes on the data
 
 
@@ -92,18 +91,17 @@ class Problem:
     title: str
     sample: Callable[[], Tensor]
     reward: Callable[[Tensor], Tensor]
-    trust_region_weight: float = 1.0
-    kl_weight: float = 1.0
-    kl_iterations: int = 3000
+    trust_region_weight: float
+    kl_weight: float
+    kl_iterations: int
 
 
 PROBLEMS = [
-    Problem("four best corners", gaussians, distance, kl_iterations=1500),
-    Problem("top left doubled", gaussians, top_left_doubled),
-    Problem("centre best", gaussians, lambda a: nearness(a, 15.5)),
-    # With a KL weight of 1 the policy ends off the roll: beyond its outer end, or in the hole at its centre
-    Problem("outer end best", swiss_roll, distance, kl_weight=2.0, kl_iterations=1500),
-    Problem("inner end best", swiss_roll, lambda a: nearness(a, 15.5), kl_weight=3.0, kl_iterations=1500),
+    Problem("four best corners", gaussians, distance, 3.0, 1.0, 1500),
+    Problem("top left doubled", gaussians, top_left_doubled, 2.0, 1.0, 3500),
+    Problem("centre best", gaussians, lambda a: nearness(a, 15.5), 3.0, 1.0, 2500),
+    Problem("outer end best", swiss_roll, distance, 1.0, 2.0, 1500),
+    Problem("inner end best", swiss_roll, lambda a: nearness(a, 15.5), 1.0, 3.0, 1500),
 ]
 
 
@@ -143,6 +141,7 @@ class GaussianPolicy(nn.Module):
     def __init__(self, scale: float):
         super().__init__()
         self.net, self.scale = mlp(1, 4, nn.ReLU), scale
+        nn.init.constant_(self.net[-1].bias[2:], -0.35)  # std 0.7: with more, tanh puts its mass into all corners
 
     def forward(self, z: Tensor) -> Tensor:
         mean, log_std = self.net(torch.zeros(1, 1)).chunk(2, -1)
@@ -185,27 +184,28 @@ def kl_loss(real: nn.Module, fake: nn.Module, actions: Tensor, sigma: Tensor) ->
 
 
 def train(problem: Problem, method: Literal["diffusion", "trust region", "KL", "KL without Q"]):
-    """Train the diffusion model, the critic and a one-step policy. Returns data, denoiser and policy."""
+    """Train the diffusion model and the critic, then a one-step policy. Returns data, denoiser and policy."""
+    trust_region, with_q = method == "trust region", method in ("trust region", "KL")
+    size, pretraining = (BATCH, PRETRAINING) if trust_region else (KL_BATCH, KL_PRETRAINING)
+    iterations = {"trust region": ITERATIONS, "diffusion": 0}.get(method, problem.kl_iterations)
+    # To weigh modes that lie 5 apart against each other takes noise of that size, where no Q chooses among them
+    draw_sigma = functools.partial(sample_sigma, median=1.0, scale=0.7) if method == "KL without Q" else sample_sigma
     data = problem.sample()
     rewards, scale = problem.reward(data), data.abs().max().item()
     denoiser, value, critics = Denoiser(), mlp(1, 1), [mlp(2, 1, norm=True), mlp(2, 1, norm=True)]
     state = torch.zeros(1, 1)  # the only one, and always the next one too
-    optimizers: dict[str, torch.optim.Optimizer] = {}
-    schedules: list[torch.optim.lr_scheduler.LRScheduler] = []
+    optimizers, schedules = {}, {}
 
-    def optimise(name: str, *nets: nn.Module, rate: float = LEARNING_RATE, decay: int = 0, last_rate: float = 0) -> None:
+    def optimise(name: str, steps: int, *nets: nn.Module, rate: float = LEARNING_RATE) -> None:
         optimizers[name] = torch.optim.Adam([p for net in nets for p in net.parameters()], rate)
-        if decay:
-            schedules.append(torch.optim.lr_scheduler.CosineAnnealingLR(optimizers[name], decay, last_rate))
+        decay = lambda step: min(1.0, 3 * (1 - step / steps))  # over the last third, so that the noise dies down
+        schedules[name] = torch.optim.lr_scheduler.LambdaLR(optimizers[name], decay)
 
     def step(name: str, loss: Tensor) -> None:
-        optimizer = optimizers[name]
-        optimizer.zero_grad()
-        loss.backward(inputs=optimizer.param_groups[0]["params"])
-        optimizer.step()
-
-    def train_denoiser(name: str, net: nn.Module, actions: Tensor) -> None:
-        step(name, denoising_loss(net, actions, draw_sigma(len(actions))))
+        optimizers[name].zero_grad()
+        loss.backward(inputs=optimizers[name].param_groups[0]["params"])
+        optimizers[name].step()
+        schedules[name].step()
 
     def train_critic(actions: Tensor, reward: Tensor) -> None:
         v, q = value(state).squeeze(), torch.cat([critic(actions) for critic in critics], 1)
@@ -214,49 +214,37 @@ def train(problem: Problem, method: Literal["diffusion", "trust region", "KL", "
         target = reward + GAMMA * v.detach()  # Eq. 7; never terminal, so that Q grows to the order of a thousand
         step("critic", value_loss + (target[:, None] - q).square().mean(0).sum())
 
-    def min_q(actions: Tensor) -> Tensor:
-        actions = actions.clamp(-scale, scale)  # Q knows nothing beyond, where only the implicit policy can go
-        return torch.cat([critic(actions) for critic in critics], 1).amin(1).mean()
-
-    # To weigh modes 5 apart against each other, where no Q does, takes noise of that size
-    draw_sigma = functools.partial(sample_sigma, median=1.0, scale=0.7) if method == "KL without Q" else sample_sigma
-    optimise("critic", value, *critics)
-    if method == "trust region":
-        policy = GaussianPolicy(scale)
-        optimise("denoiser", denoiser)
-        optimise("policy", policy)
-        for _ in tqdm(range(ITERATIONS), desc=f"{method}, {problem.title}", leave=False):  # Algorithm 1
-            batch = torch.randint(len(data), (BATCH,))
+    optimise("critic", trust_region * pretraining + iterations, value, *critics)
+    optimise("denoiser", pretraining + trust_region * iterations, denoiser)
+    for _ in tqdm(range(pretraining), desc=f"diffusion, {problem.title}", leave=False):
+        batch = torch.randint(len(data), (size,))
+        step("denoiser", denoising_loss(denoiser, data[batch], draw_sigma(size)))  # Eq. 2
+        if trust_region:
             train_critic(data[batch], rewards[batch])
-            train_denoiser("denoiser", denoiser, data[batch])
-            actions = policy(torch.randn(BATCH, 2))
-            trust_region = denoising_loss(denoiser, actions, draw_sigma(BATCH))
-            step("policy", problem.trust_region_weight * trust_region - min_q(actions))  # Eq. 5
-        return data, denoiser, policy
-
-    optimise("denoiser", denoiser, decay=ITERATIONS)
-    for _ in tqdm(range(ITERATIONS), desc=f"diffusion, {problem.title}", leave=False):
-        train_denoiser("denoiser", denoiser, data[torch.randint(len(data), (KL_BATCH,))])
-        schedules[0].step()
     if method == "diffusion":
         return data, denoiser, None
 
-    policy, fake = ImplicitPolicy(), copy.deepcopy(denoiser)
-    policy.load_state_dict(denoiser.state_dict())
-    schedules.clear()
-    optimise("policy", policy, rate=KL_RATE, decay=problem.kl_iterations)
-    optimise("fake", fake, decay=problem.kl_iterations, last_rate=LEARNING_RATE / 10)
-    for _ in tqdm(range(problem.kl_iterations), desc=f"{method}, {problem.title}", leave=False):  # Algorithm 2
-        actions = policy(torch.randn(KL_BATCH, 2))
-        loss = problem.kl_weight * kl_loss(denoiser, fake, actions, draw_sigma(KL_BATCH))
-        if method == "KL":
-            batch = torch.randint(len(data), (KL_BATCH,))
+    if trust_region:
+        policy = GaussianPolicy(scale)
+    else:
+        policy, fake = ImplicitPolicy(), copy.deepcopy(denoiser)  # theta = phi, xi = phi
+        policy.load_state_dict(denoiser.state_dict())
+        optimise("fake", iterations, fake)
+    optimise("policy", iterations, policy, rate=POLICY_RATE)
+    for _ in tqdm(range(iterations), desc=f"{method}, {problem.title}", leave=False):
+        batch = torch.randint(len(data), (size,))
+        actions = policy(torch.randn(size, 2))
+        if trust_region:  # Algorithm 1
+            step("denoiser", denoising_loss(denoiser, data[batch], draw_sigma(size)))
+            loss = problem.trust_region_weight * denoising_loss(denoiser, actions, draw_sigma(size))
+        else:  # Algorithm 2
+            step("fake", denoising_loss(fake, actions.detach(), draw_sigma(size)))
+            loss = problem.kl_weight * kl_loss(denoiser, fake, actions, draw_sigma(size))
+        if with_q:
             train_critic(data[batch], rewards[batch])
-            loss = loss - min_q(actions)
+            bounded = actions.clamp(-scale, scale)  # Q knows nothing beyond, where only the implicit policy can go
+            loss = loss - torch.cat([critic(bounded) for critic in critics], 1).amin(1).mean()  # Eq. 5
         step("policy", loss)
-        train_denoiser("fake", fake, policy(torch.randn(KL_BATCH, 2)).detach())
-        for schedule in schedules:
-            schedule.step()
     return data, denoiser, policy
 
 
