@@ -214,7 +214,8 @@ def train(problem: Problem, method: Literal["diffusion", "trust region", "KL", "
         target = reward + GAMMA * v.detach()  # Eq. 7; never terminal, so that Q grows to the order of a thousand
         step("critic", value_loss + (target[:, None] - q).square().mean(0).sum())
 
-    optimise("critic", trust_region * pretraining + iterations, value, *critics)
+    if with_q:
+        optimise("critic", trust_region * pretraining + iterations, value, *critics)
     optimise("denoiser", pretraining + trust_region * iterations, denoiser)
     for _ in tqdm(range(pretraining), desc=f"diffusion, {problem.title}", leave=False):
         batch = torch.randint(len(data), (size,))

@@ -40,7 +40,7 @@ def compiled_graphs():
 def test_compiled_run_compiles_nothing_after_the_first_evaluation(hopper, tmp_path, monkeypatch, capsys, compiled_graphs):
     counts, evaluate = [], dtql.evaluate
     monkeypatch.setattr(dtql, "evaluate", lambda *args: (evaluate(*args), counts.append(compiled_graphs()))[0])
-    args = make_args(tmp_path, compile=True, num_seeds=2, epochs=3, eval_every=1, eval_episodes=3)
+    args = make_args(tmp_path, compile=True, epochs=3, eval_every=1, eval_episodes=3)
     dtql.main(args)
     counts.append(compiled_graphs())
     assert len(counts) == 4 and counts[0] >= 4 and len(set(counts)) == 1, counts  # three losses and the choice of actions
