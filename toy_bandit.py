@@ -99,7 +99,7 @@ class Problem:
 PROBLEMS = [
     Problem("four best corners", gaussians, distance, 3.0, 1.0, 1500),
     Problem("top left doubled", gaussians, top_left_doubled, 2.0, 1.0, 3500),
-    Problem("centre best", gaussians, lambda a: nearness(a, 15.5), 3.0, 1.0, 2500),
+    Problem("centre best", gaussians, lambda a: nearness(a, 15.5), 3.0, 1.0, 3500),
     Problem("outer end best", swiss_roll, distance, 1.0, 2.0, 1500),
     Problem("inner end best", swiss_roll, lambda a: nearness(a, 15.5), 1.0, 3.0, 1500),
 ]
