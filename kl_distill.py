@@ -313,9 +313,9 @@ class Policy:
     def __init__(self, args: Args, obs_dim: int, action_low: Tensor, action_high: Tensor):
         self.args, self.low, self.high = args, action_low, action_high
         self.critic = Critic(obs_dim, len(action_low)).to(action_low.device)
+        self.actor = ImplicitActor(obs_dim, len(action_low)).to(action_low.device)
         choose_all = lambda *arguments: torch.vmap(self.choose)(*arguments)
         self.choose_all = common.compile(choose_all, action_low.device) if args.compile else choose_all
-        self.actor = ImplicitActor(obs_dim, len(action_low)).to(action_low.device)
 
     def q(self, params: Params, obs: Tensor, actions: Tensor) -> Tensor:
         """Both Qs of one model, (2, B)."""

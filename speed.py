@@ -270,9 +270,9 @@ def measure_evaluation(task: common.Task, rounds: int, device: torch.device) -> 
     plain, generator = Plain(task, 256, device), torch.Generator(device).manual_seed(0)
     states = np.zeros((1, 100, OBS_DIM), np.float32)
 
-    def act(name: str, number: int) -> np.ndarray:
+    def act(name: str, obs: np.ndarray) -> np.ndarray:
         params = agents[name].params
-        return agents[name].policy.act(params["actor"], params["target_critic"], states[:, :number], generator)[0]
+        return agents[name].policy.act(params["actor"], params["target_critic"], obs, generator)
 
     def report(what: str, functions: dict[str, tuple[Callable[[], object], int]]) -> list[dict]:
         rates = in_turn({name: function for name, (function, _) in functions.items()}, rounds, device)
@@ -281,7 +281,7 @@ def measure_evaluation(task: common.Task, rounds: int, device: torch.device) -> 
 
     variants = [(name, number) for name in agents for number in (1, 10, 100)]
     rows = report("actions", {"plain": (lambda: plain.act(states[0, :1]), 1)} | {
-        f"{name}, {number} states": (functools.partial(act, name, number), number) for name, number in variants})
+        f"{name}, {number} states": (functools.partial(act, name, states[:, :number]), number) for name, number in variants})
 
     single, copies = task.make_env(), common.LockstepEnvs(task.make_env, range(10))
     everyone = np.arange(10)
@@ -289,14 +289,12 @@ def measure_evaluation(task: common.Task, rounds: int, device: torch.device) -> 
     copies.reset(everyone, everyone)
     # An episode has 1000 steps; time goes on counting after that, which does not change what a step costs
     rows += report("environment steps", {"plain": (lambda: single.unwrapped.step(plain.act(states[0, :1])[0]), 1)} | {
-        f"{name}, 10 in lock-step": (lambda name=name: copies.step(everyone, act(name, 10)), 10) for name in agents})
+        f"{name}, 10 in lock-step": (lambda name=name: copies.step(everyone, act(name, states[:, :10])[0]), 10) for name in agents})
     copies.close()
     if device.type == "cuda":
         envs = common.make_lockstep_envs(task, 0, 1, 100)
         started = time.perf_counter()
-        policy = lambda obs: agents["compile"].policy.act(
-            agents["compile"].params["actor"], agents["compile"].params["target_critic"], obs, generator)
-        common.evaluate(task, envs, policy, [0], 0, 100)
+        common.evaluate(task, envs, functools.partial(act, "compile"), [0], 0, 100)
         rows.append({"what": "100 AntMaze episodes", "seconds": round(time.perf_counter() - started, 1)})
         envs.close()
     return rows
@@ -305,6 +303,10 @@ def measure_evaluation(task: common.Task, rounds: int, device: torch.device) -> 
 def main(args: Args) -> list[dict]:
     """Measure, print and write the table; returns its rows."""
     device = common.find_device(args.cuda, False)
+    try:  # now, not after all the measuring
+        open(args.csv, "a").close()
+    except OSError as error:
+        raise common.UserError(f"cannot write {args.csv} ({error}): choose another --csv") from None
     common.seed_everything(0, True)
     name = torch.cuda.get_device_name() if args.cuda else f"CPU, {torch.get_num_threads()} thread(s)"
     print(f"{name}, {platform.platform()}, Python {platform.python_version()}, torch {torch.__version__}")
