@@ -11,7 +11,6 @@ One constant state, two-dimensional actions on their raw scale. The whole method
 
 import copy
 import csv
-import functools
 import math
 import multiprocessing
 import os
@@ -48,9 +47,9 @@ class Args:
 SIGMA_DATA, SIGMA_MIN, SIGMA_MAX = 0.5, 0.002, 80.0  # EDM (Appendix B)
 SIGMA_GEN = 2.5  # noise level at which the implicit policy generates in one step
 HIDDEN, LEARNING_RATE, EXPECTILE, GAMMA = 128, 3e-3, 0.95, 0.99
-POLICY_RATE = 1e-3  # slower than what it follows
-BATCH, PRETRAINING, ITERATIONS = 256, 1000, 2500
-KL_BATCH, KL_PRETRAINING = 1024, 2500  # a difference of two learnt scores is noisy
+PRETRAINING, ITERATIONS = 2500, 1000
+BATCH, KL_BATCH = 256, 1024  # a difference of two learnt scores is noisy
+FAKE_STEPS = 2  # to one step of the policy, which it must keep up with
 ON_DATA = 0.5  # a sample nearer than this to a data point lies on the data
 KL_FLOOR = 0.2  # of the weight's denominator: without it the step explodes on the data
 
@@ -86,22 +85,21 @@ def nearness(a: Tensor, furthest: float) -> Tensor:
 
 @dataclass
 class Problem:
-    """A column of Figure 6, with the weight of each regularisation against Q and the length of KL's training."""
+    """A column of Figure 6, with the weight of KL against Q (the trust region's is 1) and the length of its training."""
 
     title: str
     sample: Callable[[], Tensor]
     reward: Callable[[Tensor], Tensor]
-    trust_region_weight: float
     kl_weight: float
     kl_iterations: int
 
 
 PROBLEMS = [
-    Problem("four best corners", gaussians, distance, 3.0, 1.0, 1500),
-    Problem("top left doubled", gaussians, top_left_doubled, 2.0, 1.0, 3500),
-    Problem("centre best", gaussians, lambda a: nearness(a, 15.5), 3.0, 1.0, 3500),
-    Problem("outer end best", swiss_roll, distance, 1.0, 2.0, 1500),
-    Problem("inner end best", swiss_roll, lambda a: nearness(a, 15.5), 1.0, 3.0, 1500),
+    Problem("four best corners", gaussians, distance, 1.0, 2500),
+    Problem("top left doubled", gaussians, top_left_doubled, 1.0, 3500),
+    Problem("centre best", gaussians, lambda a: nearness(a, 15.5), 0.5, 3500),
+    Problem("outer end best", swiss_roll, distance, 1.0, 2500),
+    Problem("inner end best", swiss_roll, lambda a: nearness(a, 15.5), 1.0, 2500),
 ]
 
 
@@ -136,16 +134,17 @@ class Denoiser(nn.Module):
 
 
 class GaussianPolicy(nn.Module):
-    """a = scale tanh(mean + std z), the policy of the trust-region row."""
+    """a = scale tanh(mean + std z), the policy of the trust-region row; it starts wide."""
 
     def __init__(self, scale: float):
         super().__init__()
         self.net, self.scale = mlp(1, 4, nn.ReLU), scale
-        nn.init.constant_(self.net[-1].bias[2:], -0.35)  # std 0.7: with more, tanh puts its mass into all corners
+        nn.init.constant_(self.net[-1].bias[2:], 2.0)
 
     def forward(self, z: Tensor) -> Tensor:
-        mean, log_std = self.net(torch.zeros(1, 1)).chunk(2, -1)
-        return self.scale * torch.tanh(mean + log_std.clamp(-5, 2).exp() * z)
+        mean, std = self.net(torch.zeros(1, 1)).chunk(2, -1)
+        std = torch.sigmoid(std)  # below 1: with much more, tanh would put the mass into all corners and leave it there
+        return self.scale * torch.tanh(mean + std * z)
 
 
 class ImplicitPolicy(Denoiser):
@@ -158,10 +157,10 @@ class ImplicitPolicy(Denoiser):
 # ---- losses --------------------------------------------------------------------------------------------------------------
 
 
-def sample_sigma(n: int, median: float = SIGMA_DATA, scale: float = 0.5) -> Tensor:
-    """log sigma ~ logistic(log median, scale), truncated; the defaults are those of Appendix B."""
-    low, high = (1 / (1 + (median / sigma) ** (1 / scale)) for sigma in (SIGMA_MIN, SIGMA_MAX))
-    return median * torch.exp(scale * torch.logit(low + (high - low) * torch.rand(n, 1)))
+def sample_sigma(n: int, scale: float = 0.5) -> Tensor:
+    """log sigma ~ logistic(log sigma_data, scale), truncated, (n, 1); Appendix B has a scale of 0.5."""
+    low, high = (1 / (1 + (SIGMA_DATA / sigma) ** (1 / scale)) for sigma in (SIGMA_MIN, SIGMA_MAX))
+    return SIGMA_DATA * torch.exp(scale * torch.logit(low + (high - low) * torch.rand(n, 1)))
 
 
 def denoising_loss(denoiser: nn.Module, actions: Tensor, sigma: Tensor) -> Tensor:
@@ -186,18 +185,18 @@ def kl_loss(real: nn.Module, fake: nn.Module, actions: Tensor, sigma: Tensor) ->
 def train(problem: Problem, method: Literal["diffusion", "trust region", "KL", "KL without Q"]):
     """Train the diffusion model and the critic, then a one-step policy. Returns data, denoiser and policy."""
     trust_region, with_q = method == "trust region", method in ("trust region", "KL")
-    size, pretraining = (BATCH, PRETRAINING) if trust_region else (KL_BATCH, KL_PRETRAINING)
+    size = BATCH if trust_region else KL_BATCH
     iterations = {"trust region": ITERATIONS, "diffusion": 0}.get(method, problem.kl_iterations)
     # To weigh modes that lie 5 apart against each other takes noise of that size, where no Q chooses among them
-    draw_sigma = functools.partial(sample_sigma, median=1.0, scale=0.7) if method == "KL without Q" else sample_sigma
+    spread = 1.0 if method == "KL without Q" else 0.5
     data = problem.sample()
     rewards, scale = problem.reward(data), data.abs().max().item()
     denoiser, value, critics = Denoiser(), mlp(1, 1), [mlp(2, 1, norm=True), mlp(2, 1, norm=True)]
     state = torch.zeros(1, 1)  # the only one, and always the next one too
     optimizers, schedules = {}, {}
 
-    def optimise(name: str, steps: int, *nets: nn.Module, rate: float = LEARNING_RATE) -> None:
-        optimizers[name] = torch.optim.Adam([p for net in nets for p in net.parameters()], rate)
+    def optimise(name: str, steps: int, *nets: nn.Module) -> None:
+        optimizers[name] = torch.optim.Adam([p for net in nets for p in net.parameters()], LEARNING_RATE)
         decay = lambda step: min(1.0, 3 * (1 - step / steps))  # over the last third, so that the noise dies down
         schedules[name] = torch.optim.lr_scheduler.LambdaLR(optimizers[name], decay)
 
@@ -215,32 +214,33 @@ def train(problem: Problem, method: Literal["diffusion", "trust region", "KL", "
         step("critic", value_loss + (target[:, None] - q).square().mean(0).sum())
 
     if with_q:
-        optimise("critic", trust_region * pretraining + iterations, value, *critics)
-    optimise("denoiser", pretraining + trust_region * iterations, denoiser)
-    for _ in tqdm(range(pretraining), desc=f"diffusion, {problem.title}", leave=False):
+        optimise("critic", trust_region * PRETRAINING + iterations, value, *critics)
+    optimise("denoiser", PRETRAINING + trust_region * iterations, denoiser)
+    for _ in tqdm(range(PRETRAINING), desc=f"diffusion, {problem.title}", leave=False):
         batch = torch.randint(len(data), (size,))
-        step("denoiser", denoising_loss(denoiser, data[batch], draw_sigma(size)))  # Eq. 2
+        step("denoiser", denoising_loss(denoiser, data[batch], sample_sigma(size, spread)))  # Eq. 2
         if trust_region:
             train_critic(data[batch], rewards[batch])
     if method == "diffusion":
         return data, denoiser, None
 
     if trust_region:
-        policy = GaussianPolicy(scale)
+        policy = GaussianPolicy(1.2 * scale)  # reaches beyond the data: at the edge tanh is flat, and nothing pulls back
     else:
         policy, fake = ImplicitPolicy(), copy.deepcopy(denoiser)  # theta = phi, xi = phi
         policy.load_state_dict(denoiser.state_dict())
-        optimise("fake", iterations, fake)
-    optimise("policy", iterations, policy, rate=POLICY_RATE)
+        optimise("fake", FAKE_STEPS * iterations, fake)
+    optimise("policy", iterations, policy)
     for _ in tqdm(range(iterations), desc=f"{method}, {problem.title}", leave=False):
         batch = torch.randint(len(data), (size,))
         actions = policy(torch.randn(size, 2))
         if trust_region:  # Algorithm 1
-            step("denoiser", denoising_loss(denoiser, data[batch], draw_sigma(size)))
-            loss = problem.trust_region_weight * denoising_loss(denoiser, actions, draw_sigma(size))
+            step("denoiser", denoising_loss(denoiser, data[batch], sample_sigma(size, spread)))
+            loss = denoising_loss(denoiser, actions, sample_sigma(size, spread))
         else:  # Algorithm 2
-            step("fake", denoising_loss(fake, actions.detach(), draw_sigma(size)))
-            loss = problem.kl_weight * kl_loss(denoiser, fake, actions, draw_sigma(size))
+            for _ in range(FAKE_STEPS):
+                step("fake", denoising_loss(fake, policy(torch.randn(size, 2)).detach(), sample_sigma(size, spread)))
+            loss = problem.kl_weight * kl_loss(denoiser, fake, actions, sample_sigma(size, spread))
         if with_q:
             train_critic(data[batch], rewards[batch])
             bounded = actions.clamp(-scale, scale)  # Q knows nothing beyond, where only the implicit policy can go
@@ -275,7 +275,7 @@ def count(problem: Problem, data: Tensor, samples: Tensor) -> dict[str, float]:
 def draw(axes: plt.Axes, data: Tensor, colours: np.ndarray | str, samples: Tensor | None, title: str) -> object:
     points = axes.scatter(*data.T.numpy(), c=colours, s=2, rasterized=True)
     if samples is not None:
-        axes.scatter(*samples.T.numpy(), c="red", s=3, linewidths=0, alpha=0.5, rasterized=True)
+        axes.scatter(*samples.T.numpy(), c="red", s=6, linewidths=0, alpha=0.5, rasterized=True)
     axes.set(aspect="equal", title=title, xlim=(-16, 16), ylim=(-16, 16))
     axes.tick_params(labelsize=7)
     return points

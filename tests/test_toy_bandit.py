@@ -65,7 +65,7 @@ def test_noise_levels_are_the_truncated_logistic():
 
 @pytest.mark.parametrize(("number", "rows"), [(1, 10), (2, 2), (3, 4)])
 def test_each_figure_leaves_a_picture_and_a_table(number, rows, tmp_path, monkeypatch, capfd):
-    for name in ("ITERATIONS", "PRETRAINING", "KL_PRETRAINING"):
+    for name in ("ITERATIONS", "PRETRAINING"):
         monkeypatch.setattr(toy_bandit, name, 3)
     for problem in PROBLEMS:
         monkeypatch.setattr(problem, "kl_iterations", 3)
