@@ -98,8 +98,8 @@ PROBLEMS = [
     Problem("four best corners", gaussians, distance, 1.0, 2500),
     Problem("top left doubled", gaussians, top_left_doubled, 1.0, 3500),
     Problem("centre best", gaussians, lambda a: nearness(a, 15.5), 0.5, 3500),
-    Problem("outer end best", swiss_roll, distance, 1.0, 2500),
-    Problem("inner end best", swiss_roll, lambda a: nearness(a, 15.5), 1.0, 2500),
+    Problem("outer end best", swiss_roll, distance, 2.0, 1500),
+    Problem("inner end best", swiss_roll, lambda a: nearness(a, 15.5), 3.0, 1500),
 ]
 
 
@@ -186,7 +186,7 @@ def train(problem: Problem, method: Literal["diffusion", "trust region", "KL", "
     """Train the diffusion model and the critic, then a one-step policy. Returns data, denoiser and policy."""
     trust_region, with_q = method == "trust region", method in ("trust region", "KL")
     size = BATCH if trust_region else KL_BATCH
-    iterations = {"trust region": ITERATIONS, "diffusion": 0}.get(method, problem.kl_iterations)
+    iterations = {"diffusion": 0, "trust region": ITERATIONS, "KL": problem.kl_iterations, "KL without Q": PRETRAINING}[method]
     # To weigh modes that lie 5 apart against each other takes noise of that size, where no Q chooses among them
     spread = 1.0 if method == "KL without Q" else 0.5
     data = problem.sample()
