@@ -49,6 +49,7 @@ SIGMA_GEN = 2.5  # noise level at which the implicit policy generates in one ste
 HIDDEN, LEARNING_RATE, EXPECTILE, GAMMA = 128, 3e-3, 0.95, 0.99
 PRETRAINING, ITERATIONS = 2500, 1000
 BATCH, KL_BATCH = 256, 1024  # a difference of two learnt scores is noisy
+POLICY_RATE = 1e-3  # of the Gaussian policy: faster, it settles at the first mode it meets
 FAKE_STEPS = 2  # to one step of the policy, which it must keep up with
 ON_DATA = 0.5  # a sample nearer than this to a data point lies on the data
 KL_FLOOR = 0.2  # of the weight's denominator: without it the step explodes on the data
@@ -85,21 +86,22 @@ def nearness(a: Tensor, furthest: float) -> Tensor:
 
 @dataclass
 class Problem:
-    """A column of Figure 6, with the weight of KL against Q (the trust region's is 1) and the length of its training."""
+    """A column of Figure 6, with the weight of each regularisation against Q and the length of KL's training."""
 
     title: str
     sample: Callable[[], Tensor]
     reward: Callable[[Tensor], Tensor]
+    trust_region_weight: float
     kl_weight: float
     kl_iterations: int
 
 
 PROBLEMS = [
-    Problem("four best corners", gaussians, distance, 1.0, 2500),
-    Problem("top left doubled", gaussians, top_left_doubled, 1.0, 3500),
-    Problem("centre best", gaussians, lambda a: nearness(a, 15.5), 0.5, 3500),
-    Problem("outer end best", swiss_roll, distance, 2.0, 1500),
-    Problem("inner end best", swiss_roll, lambda a: nearness(a, 15.5), 3.0, 1500),
+    Problem("four best corners", gaussians, distance, 0.5, 1.0, 2500),
+    Problem("top left doubled", gaussians, top_left_doubled, 1.0, 1.0, 3500),
+    Problem("centre best", gaussians, lambda a: nearness(a, 15.5), 1.0, 0.5, 3500),
+    Problem("outer end best", swiss_roll, distance, 1.0, 2.0, 1500),
+    Problem("inner end best", swiss_roll, lambda a: nearness(a, 15.5), 1.0, 3.0, 1500),
 ]
 
 
@@ -157,10 +159,10 @@ class ImplicitPolicy(Denoiser):
 # ---- losses --------------------------------------------------------------------------------------------------------------
 
 
-def sample_sigma(n: int, scale: float = 0.5) -> Tensor:
-    """log sigma ~ logistic(log sigma_data, scale), truncated, (n, 1); Appendix B has a scale of 0.5."""
-    low, high = (1 / (1 + (SIGMA_DATA / sigma) ** (1 / scale)) for sigma in (SIGMA_MIN, SIGMA_MAX))
-    return SIGMA_DATA * torch.exp(scale * torch.logit(low + (high - low) * torch.rand(n, 1)))
+def sample_sigma(n: int, median: float = SIGMA_DATA, scale: float = 0.5) -> Tensor:
+    """log sigma ~ logistic(log median, scale), truncated, (n, 1); the defaults are those of Appendix B."""
+    low, high = (1 / (1 + (median / sigma) ** (1 / scale)) for sigma in (SIGMA_MIN, SIGMA_MAX))
+    return median * torch.exp(scale * torch.logit(low + (high - low) * torch.rand(n, 1)))
 
 
 def denoising_loss(denoiser: nn.Module, actions: Tensor, sigma: Tensor) -> Tensor:
@@ -188,15 +190,15 @@ def train(problem: Problem, method: Literal["diffusion", "trust region", "KL", "
     size = BATCH if trust_region else KL_BATCH
     iterations = {"diffusion": 0, "trust region": ITERATIONS, "KL": problem.kl_iterations, "KL without Q": PRETRAINING}[method]
     # To weigh modes that lie 5 apart against each other takes noise of that size, where no Q chooses among them
-    spread = 1.0 if method == "KL without Q" else 0.5
+    noise = (1.0, 0.7) if method == "KL without Q" else (SIGMA_DATA, 0.5)
     data = problem.sample()
     rewards, scale = problem.reward(data), data.abs().max().item()
     denoiser, value, critics = Denoiser(), mlp(1, 1), [mlp(2, 1, norm=True), mlp(2, 1, norm=True)]
     state = torch.zeros(1, 1)  # the only one, and always the next one too
     optimizers, schedules = {}, {}
 
-    def optimise(name: str, steps: int, *nets: nn.Module) -> None:
-        optimizers[name] = torch.optim.Adam([p for net in nets for p in net.parameters()], LEARNING_RATE)
+    def optimise(name: str, steps: int, *nets: nn.Module, rate: float = LEARNING_RATE) -> None:
+        optimizers[name] = torch.optim.Adam([p for net in nets for p in net.parameters()], rate)
         decay = lambda step: min(1.0, 3 * (1 - step / steps))  # over the last third, so that the noise dies down
         schedules[name] = torch.optim.lr_scheduler.LambdaLR(optimizers[name], decay)
 
@@ -218,7 +220,7 @@ def train(problem: Problem, method: Literal["diffusion", "trust region", "KL", "
     optimise("denoiser", PRETRAINING + trust_region * iterations, denoiser)
     for _ in tqdm(range(PRETRAINING), desc=f"diffusion, {problem.title}", leave=False):
         batch = torch.randint(len(data), (size,))
-        step("denoiser", denoising_loss(denoiser, data[batch], sample_sigma(size, spread)))  # Eq. 2
+        step("denoiser", denoising_loss(denoiser, data[batch], sample_sigma(size, *noise)))  # Eq. 2
         if trust_region:
             train_critic(data[batch], rewards[batch])
     if method == "diffusion":
@@ -230,17 +232,17 @@ def train(problem: Problem, method: Literal["diffusion", "trust region", "KL", "
         policy, fake = ImplicitPolicy(), copy.deepcopy(denoiser)  # theta = phi, xi = phi
         policy.load_state_dict(denoiser.state_dict())
         optimise("fake", FAKE_STEPS * iterations, fake)
-    optimise("policy", iterations, policy)
+    optimise("policy", iterations, policy, rate=POLICY_RATE if trust_region else LEARNING_RATE)
     for _ in tqdm(range(iterations), desc=f"{method}, {problem.title}", leave=False):
         batch = torch.randint(len(data), (size,))
         actions = policy(torch.randn(size, 2))
         if trust_region:  # Algorithm 1
-            step("denoiser", denoising_loss(denoiser, data[batch], sample_sigma(size, spread)))
-            loss = denoising_loss(denoiser, actions, sample_sigma(size, spread))
+            step("denoiser", denoising_loss(denoiser, data[batch], sample_sigma(size, *noise)))
+            loss = problem.trust_region_weight * denoising_loss(denoiser, actions, sample_sigma(size, *noise))
         else:  # Algorithm 2
             for _ in range(FAKE_STEPS):
-                step("fake", denoising_loss(fake, policy(torch.randn(size, 2)).detach(), sample_sigma(size, spread)))
-            loss = problem.kl_weight * kl_loss(denoiser, fake, actions, sample_sigma(size, spread))
+                step("fake", denoising_loss(fake, policy(torch.randn(size, 2)).detach(), sample_sigma(size, *noise)))
+            loss = problem.kl_weight * kl_loss(denoiser, fake, actions, sample_sigma(size, *noise))
         if with_q:
             train_critic(data[batch], rewards[batch])
             bounded = actions.clamp(-scale, scale)  # Q knows nothing beyond, where only the implicit policy can go
