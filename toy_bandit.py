@@ -49,7 +49,7 @@ SIGMA_GEN = 2.5  # noise level at which the implicit policy generates in one ste
 HIDDEN, LEARNING_RATE, EXPECTILE, GAMMA = 128, 3e-3, 0.95, 0.99
 PRETRAINING, ITERATIONS = 2500, 1000
 BATCH, KL_BATCH = 256, 1024  # a difference of two learnt scores is noisy
-POLICY_RATE = 1e-3  # of the Gaussian policy: faster, it settles at the first mode it meets
+POLICY_RATE = 1e-3  # of the Gaussian policy: slower than what it follows
 FAKE_STEPS = 2  # to one step of the policy, which it must keep up with
 ON_DATA = 0.5  # a sample nearer than this to a data point lies on the data
 KL_FLOOR = 0.2  # of the weight's denominator: without it the step explodes on the data
@@ -188,9 +188,10 @@ def train(problem: Problem, method: Literal["diffusion", "trust region", "KL", "
     """Train the diffusion model and the critic, then a one-step policy. Returns data, denoiser and policy."""
     trust_region, with_q = method == "trust region", method in ("trust region", "KL")
     size = BATCH if trust_region else KL_BATCH
-    iterations = {"diffusion": 0, "trust region": ITERATIONS, "KL": problem.kl_iterations, "KL without Q": PRETRAINING}[method]
+    iterations = {"diffusion": 0, "trust region": ITERATIONS, "KL": problem.kl_iterations,
+                  "KL without Q": PRETRAINING}[method]
     # To weigh modes that lie 5 apart against each other takes noise of that size, where no Q chooses among them
-    noise = (1.0, 0.7) if method == "KL without Q" else (SIGMA_DATA, 0.5)
+    noise = (1.0, 0.7) if method == "KL without Q" else ()
     data = problem.sample()
     rewards, scale = problem.reward(data), data.abs().max().item()
     denoiser, value, critics = Denoiser(), mlp(1, 1), [mlp(2, 1, norm=True), mlp(2, 1, norm=True)]
@@ -227,7 +228,7 @@ def train(problem: Problem, method: Literal["diffusion", "trust region", "KL", "
         return data, denoiser, None
 
     if trust_region:
-        policy = GaussianPolicy(1.2 * scale)  # reaches beyond the data: at the edge tanh is flat, and nothing pulls back
+        policy = GaussianPolicy(1.2 * scale)  # beyond the data: at the edge tanh is flat, and nothing pulls back
     else:
         policy, fake = ImplicitPolicy(), copy.deepcopy(denoiser)  # theta = phi, xi = phi
         policy.load_state_dict(denoiser.state_dict())
