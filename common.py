@@ -9,6 +9,7 @@ import functools
 import importlib.metadata
 import io
 import json
+import logging
 import multiprocessing
 import os
 import platform
@@ -683,11 +684,11 @@ class Run:
             self._load(load_checkpoint(self.dir / "checkpoint.pt", device), device)
         else:
             self.dir = _create_run_dir(args.run_dir, args.env_id, exp_name, args.seed)
-            packages = ("torch", "numpy", "gymnasium", "gymnasium-robotics", "mujoco", "minari")
+            packages = ("numpy", "gymnasium", "gymnasium-robotics", "mujoco", "minari")
             versions = {package: importlib.metadata.version(package) for package in packages}
             name = torch.cuda.get_device_name() if device.type == "cuda" else f"{platform.machine()} CPU"
             config = {"exp_name": exp_name, "args": settings, "data": data, "device": name,
-                      "versions": {"python": platform.python_version(), **versions}}
+                      "versions": {"python": platform.python_version(), "torch": torch.__version__, **versions}}
             write_atomically(self.dir / "config.json", lambda file: file.write_text(json.dumps(config, indent=2)))
             self.save()
         if not args.cuda and not torch.cuda.is_available():
@@ -856,6 +857,8 @@ def _create_run_dir(parent: str, env_id: str, exp_name: str, seed: int) -> Path:
 
 @functools.cache
 def _can_compile(device: torch.device) -> bool:
+    # Where CUDA is installed but no GPU, torch says so, which is no news to anybody
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     try:
         x = torch.ones(64, device=device, requires_grad=True)
         torch.compile(lambda x: x.sin().sum())(x).backward()
@@ -888,7 +891,10 @@ def warm_up(update: Callable[[], None], state: Sequence[torch.Tensor], device: t
     started, cuda = time.perf_counter(), device.type == "cuda"
     generator = torch.cuda.default_generators[torch.cuda.current_device()] if cuda else torch.default_generator
     saved, random_state = [tensor.clone() for tensor in state], generator.get_state()
-    with torch.cuda.stream(torch.cuda.Stream()) if graph else contextlib.nullcontext():  # capturing asks for another stream
+    stream = torch.cuda.Stream() if graph else None  # capturing asks for a stream of its own, which waits for no other
+    if cuda:
+        torch.cuda.synchronize()
+    with torch.cuda.stream(stream):
         for _ in range(3 if graph else 1):
             update()
     if cuda:
@@ -899,7 +905,7 @@ def warm_up(update: Callable[[], None], state: Sequence[torch.Tensor], device: t
     generator.set_state(random_state)
     if graph:
         cuda_graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(cuda_graph):
+        with torch.cuda.graph(cuda_graph, stream=stream):
             update()
         update = cuda_graph.replay
     tqdm.write(f"update made ready in {time.perf_counter() - started:.0f} s", file=sys.stderr)

@@ -186,6 +186,8 @@ class Mish(nn.Mish):
 def linear_of_cat(layer: nn.Linear, *inputs: Tensor) -> Tensor:
     """layer(cat(inputs)), where the inputs broadcast: with obs (n, 1, S) and actions (n, N, A) the state's share is
     computed once, not N times."""
+    if len({x.shape[:-1] for x in inputs}) == 1:
+        return layer(torch.cat(inputs, -1))
     weights = layer.weight.split([x.shape[-1] for x in inputs], dim=1)
     first, *rest = (F.linear(x, weight) for x, weight in zip(inputs, weights))
     return sum(rest, first + layer.bias)
@@ -324,6 +326,9 @@ def detach(params: Params) -> Params:
     return {name: param.detach() for name, param in params.items()}
 
 
+BLOCK = 64  # candidates that the second Q judges at a time
+
+
 class Policy:
     """The deployed policies of K models with Appendix D's choice among candidates."""
 
@@ -332,8 +337,9 @@ class Policy:
         self.critic = Critic(obs_dim, len(action_low)).to(action_low.device)
         actor = GaussianActor if args.policy == "gaussian" else ImplicitActor
         self.actor = actor(obs_dim, len(action_low)).to(action_low.device)
-        choose_all = lambda *arguments: torch.vmap(self.choose)(*arguments)
-        self.choose_all = common.compile(choose_all, action_low.device) if args.compile else choose_all
+        self.first_all, self.second_all = (
+            common.compile(function, action_low.device) if args.compile else function
+            for function in (torch.vmap(self.first), torch.vmap(self.second)))
 
     def q(self, params: Params, obs: Tensor, actions: Tensor) -> Tensor:
         """Both Qs of one model, (2, B)."""
@@ -347,28 +353,48 @@ class Policy:
         return torch.tanh(mean + torch.exp(log_std) * z)
 
     def choose(self, actor: Params, critic: Params, obs: Tensor, z: Tensor, gumbel: Tensor) -> Tensor:
-        """One model's actions (n, A) in n states: of N candidates one, with probability softmax(min(Q1', Q2')).
+        """Actions (K, n, A) of K models in n states: of N candidates one, with probability softmax(min(Q1', Q2')).
 
-        z (n, N, A) is Gaussian and gumbel (n, N) Gumbel noise: the maximum of Q + gumbel is a draw from the softmax.
+        z (K, n, N, A) is Gaussian and gumbel (K, n, N) Gumbel noise: the maximum of Q + gumbel is a draw from the softmax.
+        It cannot exceed Q1' + gumbel, so Q2' is asked in falling order of that, and no more when what is left cannot win.
+        """
+        candidates, bounds, order = self.first_all(actor, critic, obs, z, gumbel)
+        scores = torch.full_like(bounds, -math.inf)
+        for bound, some, score in zip(*(tensor.split(BLOCK, 2) for tensor in (bounds, order, scores))):
+            if (bound[:, :, 0] <= scores.amax(2)).all():
+                break
+            score.copy_(torch.minimum(bound, self.second_all(critic, obs, candidates, gumbel, some)))
+        chosen = order.take_along_dim(scores.argmax(2, keepdim=True), 2)
+        return candidates.take_along_dim(chosen[..., None], 2)[:, :, 0]
+
+    def first(self, actor: Params, critic: Params, obs: Tensor, z: Tensor, gumbel: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """One model's candidates (n, N, A), their Q1' + gumbel (n, N) in falling order, and that order's indices (n, N).
+
         A Gaussian policy's mean and std are computed once per state.
         """
-        obs = obs[:, None]
-        candidates = self.sample(actor, obs, z).clamp(-1, 1)
-        chosen = (self.q(critic, obs, candidates).amin(0) + gumbel).argmax(1)
-        return candidates[torch.arange(len(chosen), device=chosen.device), chosen]
+        candidates = self.sample(actor, obs[:, None], z).clamp(-1, 1)
+        twin = {name: param[:1] for name, param in critic.items()}
+        return candidates, *(self.q(twin, obs[:, None], candidates)[0] + gumbel).sort(1, descending=True)
+
+    def second(self, critic: Params, obs: Tensor, candidates: Tensor, gumbel: Tensor, some: Tensor) -> Tensor:
+        """One model's Q2' + gumbel (n, m) for the candidates `some` (n, m)."""
+        twin = {name: param[1:] for name, param in critic.items()}
+        actions = candidates.take_along_dim(some[:, :, None], 1)
+        return self.q(twin, obs[:, None], actions)[0] + gumbel.take_along_dim(some, 1)
 
     @torch.no_grad()
     def act(self, actor: Params, critic: Params, obs: np.ndarray, generator: torch.Generator) -> np.ndarray:
         """Actions (K, n, A) of K models in the environment's units for observations (K, n, S)."""
         device, n = self.low.device, obs.shape[1]
-        size = 16 if device.type == "cuda" else 1  # one shape, compiled once; on a CPU it should stay in the cache
+        # One shape, compiled once: on a GPU all copies of the environment, on a CPU one state, which stays in its cache
+        size = -(-common.MAX_COPIES // len(obs)) if device.type == "cuda" else 1
         padded = F.pad(torch.as_tensor(obs, dtype=torch.float32, device=device), (0, 0, 0, -n % size))
         chosen = []
         for part in padded.split(size, 1):
             shape = (*part.shape[:2], self.args.num_candidates)
             z = torch.randn(*shape, len(self.low), device=device, generator=generator)
             gumbel = -torch.log(torch.empty(shape, device=device).exponential_(generator=generator))
-            chosen.append(self.choose_all(actor, critic, part, z, gumbel))
+            chosen.append(self.choose(actor, critic, part, z, gumbel))
         return (self.low + (torch.cat(chosen, 1)[:, :n] + 1) / 2 * (self.high - self.low)).cpu().numpy()
 
 

@@ -243,11 +243,34 @@ def test_candidates_are_chosen_with_softmax_of_the_smaller_target_q():
         probabilities = torch.softmax(q.amin(0)[0], 0)
         draws = 40_000
         gumbel = -torch.log(torch.empty(draws, candidates).exponential_())
-        chosen = policy.choose(actor, critic, obs.expand(draws, 3), z.expand(draws, candidates, 2), gumbel)
+        models = ({name: param[None] for name, param in net.items()} for net in (actor, critic))
+        (chosen,) = policy.choose(*models, obs.expand(1, draws, 3), z.expand(1, draws, candidates, 2), gumbel[None])
     which = (chosen[:, None] - actions).abs().sum(-1).argmin(1)
     frequencies = torch.bincount(which, minlength=candidates) / draws
     assert probabilities.max() < 0.9 and probabilities.max() - probabilities.min() > 0.1  # a test that can fail
     assert (frequencies - probabilities).abs().max() < 0.015
+
+
+@pytest.mark.parametrize(("excess", "spread", "blocks"), [(0, 1, {1}), (0, 300, {2, 3, 4, 5}), (40, 1, {16})])
+def test_the_second_q_is_asked_until_nothing_that_is_left_can_win(monkeypatch, excess, spread, blocks):
+    """The choice is that of all 1024 minima, whether the Qs agree, disagree widely or one is far above the other."""
+    agent = make_agent(num_seeds=2)
+    policy, critic, asked = agent.policy, agent.params["target_critic"], []
+    second = policy.second_all
+    monkeypatch.setattr(policy, "second_all", lambda *args: (asked.append(1), second(*args))[1])
+    torch.manual_seed(0)
+    obs, z = torch.randn(2, 5, 3), torch.randn(2, 5, 1024, 2)
+    gumbel = -torch.log(torch.empty(2, 5, 1024).exponential_())
+    with torch.no_grad():
+        critic["net.8.weight"] *= spread
+        critic["net.8.bias"][:, 0] += excess
+        chosen = policy.choose(agent.params["actor"], critic, obs, z, gumbel)
+        for model in range(2):
+            actor, twins = first(agent.params["actor"], model), first(critic, model)
+            candidates = policy.sample(actor, obs[model, :, None], z[model])
+            scores = policy.q(twins, obs[model, :, None], candidates).amin(0) + gumbel[model]
+            torch.testing.assert_close(chosen[model], candidates[torch.arange(5), scores.argmax(1)])
+    assert len(asked) in blocks
 
 
 def test_actions_are_in_the_environments_units():
