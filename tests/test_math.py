@@ -365,7 +365,7 @@ def test_stacked_update_is_the_plain_modules_update():
 
 def test_compiled_and_eager_updates_agree():
     """From one state, with the same random numbers, three updates of every kind."""
-    agents = [make_agent(num_seeds=2, batch_size=32, compile=compiled) for compiled in (False, True)]
+    agents = [make_agent(2, 11, 3, compile=compiled) for compiled in (False, True)]
     for agent in agents:
         torch.manual_seed(7)
         for training in (False, True, True):

@@ -16,6 +16,8 @@ from test_training import FLAGS, assert_same_end
 
 import speed
 
+# The same shapes and constants in all tests, here and in test_math: torch then compiles them once
+COMPILED = dict(compile=True, num_seeds=2, alpha=1.0, expectile=0.9, nll=True)
 NO_COMPILE = [flag for flag in FLAGS if "compile" not in flag]
 
 
@@ -40,7 +42,7 @@ def compiled_graphs():
 def test_compiled_run_compiles_nothing_after_the_first_evaluation(hopper, tmp_path, monkeypatch, capsys, compiled_graphs):
     counts, evaluate = [], dtql.evaluate
     monkeypatch.setattr(dtql, "evaluate", lambda *args: (evaluate(*args), counts.append(compiled_graphs()))[0])
-    args = make_args(tmp_path, compile=True, epochs=3, eval_every=1, eval_episodes=3)
+    args = make_args(tmp_path, **COMPILED, epochs=3, eval_every=1, eval_episodes=3)
     dtql.main(args)
     counts.append(compiled_graphs())
     assert len(counts) == 4 and counts[0] >= 4 and len(set(counts)) == 1, counts  # three losses and the choice of actions
@@ -48,7 +50,7 @@ def test_compiled_run_compiles_nothing_after_the_first_evaluation(hopper, tmp_pa
 
 
 def test_compiled_run_resumes_to_the_bit(hopper, tmp_path, monkeypatch):
-    whole = dtql.main(make_args(tmp_path, compile=True))["run_dir"]
+    whole = dtql.main(make_args(tmp_path, **COMPILED))["run_dir"]
     count, advance = [], common.Run.advance
 
     def stop_in_training(run: common.Run, steps: int) -> None:
@@ -59,17 +61,17 @@ def test_compiled_run_resumes_to_the_bit(hopper, tmp_path, monkeypatch):
 
     monkeypatch.setattr(common.Run, "advance", stop_in_training)
     with pytest.raises(common.Interrupted):
-        dtql.main(make_args(tmp_path, compile=True))
+        dtql.main(make_args(tmp_path, **COMPILED))
     stopped = str(count[0].dir)
-    resumed = dtql.main(make_args(tmp_path, compile=True, resume=stopped))["run_dir"]
+    resumed = dtql.main(make_args(tmp_path, **COMPILED, resume=stopped))["run_dir"]
     assert_same_end(whole, resumed)
 
 
 def test_compiled_and_eager_policies_act_alike():
-    obs = np.random.default_rng(0).standard_normal((2, 5, 3)).astype(np.float32)
+    obs = np.random.default_rng(0).standard_normal((2, 5, 11)).astype(np.float32)
     actions = []
     for compiled in (False, True):
-        agent = make_agent(num_seeds=2, compile=compiled)
+        agent = make_agent(2, 11, 3, compile=compiled)
         generator = torch.Generator().manual_seed(0)
         actions.append(agent.policy.act(agent.params["actor"], agent.params["target_critic"], obs, generator))
     np.testing.assert_allclose(actions[1], actions[0], rtol=1e-4, atol=1e-5)
