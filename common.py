@@ -875,8 +875,7 @@ def compile(function: Callable[..., Any], device: torch.device) -> Callable[...,
     """
     if not _can_compile(device):
         return function
-    # Compute a ReLU's mask again for the gradient: to store bools costs a vectorised loop on the CPU ten times its time
-    torch._functorch.config.ban_recompute_materialized_backward = False
+    torch._dynamo.config.trace_autograd_ops = True  # a function may contain torch.autograd.grad
     return torch.compile(function, dynamic=False)
 
 

@@ -45,7 +45,7 @@ class Args:
     torch_deterministic: bool = True
     """use deterministic kernels, so that a run can be repeated bit by bit on the same machine"""
     compile: bool = False
-    """compile the losses with torch.compile; it takes a minute, so runs of less than 10,000 updates default to no"""
+    """compile the gradients with torch.compile; it takes a minute, so runs of less than 10,000 updates default to no"""
     cudagraphs: bool = torch.cuda.is_available()
     """replay the whole update as a CUDA graph (not used with --no-cuda)"""
     resume: Annotated[str | None, tyro.conf.arg(metavar="RUN_DIR")] = None
@@ -420,8 +420,8 @@ class KLDistill:
 
         self.metrics = ["critic", "value", "denoiser", "actor", "kl", "q", "fake"]
         self.sums = torch.zeros(len(self.metrics), args.num_seeds, device=device)  # since the last log
-        losses = (self.critic_loss, self.denoiser_loss, self.actor_loss, self.fake_loss)
-        self.losses = [self._over_models(loss) for loss in losses]
+        losses = {"critic": self.critic_loss, "denoiser": self.denoiser_loss, "actor": self.actor_loss, "fake": self.fake_loss}
+        self.gradients = {network: self._gradient(loss) for network, loss in losses.items()}
 
     def _adam(self, name: str, *networks: Params) -> torch.optim.Adam:
         params = [param for network in networks for param in network.values()]
@@ -435,12 +435,15 @@ class KLDistill:
             optimizer.state[param] = {"step": step, "exp_avg": zeros[0], "exp_avg_sq": zeros[1]}
         return optimizer
 
-    def _over_models(self, loss: Any) -> Any:
-        def summed(*arguments: Any) -> tuple[Tensor, Tensor]:
+    def _gradient(self, loss: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., tuple[list[Tensor], Tensor]]:
+        """The gradients of `loss`, in those of its arguments that ask for them, and its metrics, of all models."""
+        def gradient(*arguments: Any) -> tuple[list[Tensor], Tensor]:
             losses, metrics = torch.vmap(loss, out_dims=(0, 1))(*arguments)
-            return losses.sum(), metrics
+            params = [leaf for leaf in tree_leaves(arguments) if leaf.requires_grad]
+            # Fused Adam reads a gradient as if it were laid out like its parameter
+            return [gradient.contiguous() for gradient in torch.autograd.grad(losses.sum(), params)], metrics
 
-        return common.compile(summed, self.device) if self.args.compile else summed
+        return common.compile(gradient, self.device) if self.args.compile else gradient
 
     def denoise(self, params: Params) -> Callable[..., Tensor]:
         """One model's diffusion policy; what it predicts is clamped to the actions there are."""
@@ -485,14 +488,14 @@ class KLDistill:
 
     # One iteration of Algorithm 2
 
-    def minimise(self, network: str, loss: Tensor) -> None:
+    def minimise(self, network: str, *arguments: Any) -> Tensor:
+        """One step of Adam on the loss of `network`, given the loss's arguments. Returns the metrics."""
+        gradients, metrics = self.gradients[network](*arguments)
         optimizer = self.optimizers[network]
-        params = optimizer.param_groups[0]["params"]
-        optimizer.zero_grad()
-        # No gradient of anything else is computed. (Not autograd.grad: fused Adam needs each gradient laid out like its
-        # parameter, which only .grad promises.)
-        loss.backward(inputs=params)
+        for param, gradient in zip(optimizer.param_groups[0]["params"], gradients, strict=True):
+            param.grad = gradient
         optimizer.step()
+        return metrics
 
     def update(self, training: bool) -> None:
         """One iteration of Algorithm 2's loops, with the critic. Tensors only, of static shapes."""
@@ -503,30 +506,19 @@ class KLDistill:
         batch = Batch(obs, actions, rewards.squeeze(-1), terminals.squeeze(-1), next_obs)
         sigma = sample_sigma(torch.rand(3, *shape, 1, device=self.device))
         noise = torch.randn(5, *shape, self.widths[1], device=self.device)
-        critic_loss, denoiser_loss, actor_loss, fake_loss = self.losses
         if training and args.lr_decay:
             decay = (1 + torch.cos(math.pi * self.train_step / (args.epochs * args.steps_per_epoch))) / 2
             for network, optimizer in self.optimizers.items():
                 optimizer.param_groups[0]["lr"].copy_(decay * self.learning_rates[network])
 
         if args.q:
-            loss, metrics = critic_loss(params["critic"], params["value"], batch)
-            self.minimise("critic", loss)
-            self.sums[:2] += metrics
-
+            self.sums[:2] += self.minimise("critic", params["critic"], params["value"], batch)
         if not training:
-            loss, metrics = denoiser_loss(params["denoiser"], batch, sigma[0], noise[0])
-            self.minimise("denoiser", loss)
-            self.sums[2:3] += metrics
+            self.sums[2:3] += self.minimise("denoiser", params["denoiser"], batch, sigma[0], noise[0])
             return
-        loss, metrics = actor_loss(params["actor"], detach(params["denoiser"]), detach(params["fake"]),
-                                   detach(params["critic"]), batch, noise[1], sigma[1], noise[2])
-        self.minimise("actor", loss)
-        self.sums[3:6] += metrics
-
-        loss, metrics = fake_loss(params["fake"], detach(params["actor"]), batch, noise[3], sigma[2], noise[4])
-        self.minimise("fake", loss)
-        self.sums[6:] += metrics
+        fixed = detach(params["denoiser"]), detach(params["fake"]), detach(params["critic"])
+        self.sums[3:6] += self.minimise("actor", params["actor"], *fixed, batch, noise[1], sigma[1], noise[2])
+        self.sums[6:] += self.minimise("fake", params["fake"], detach(params["actor"]), batch, noise[3], sigma[2], noise[4])
 
         with torch.no_grad():
             targets, online = params["target_critic"].values(), params["critic"].values()
