@@ -371,6 +371,7 @@ class Policy:
             shape = (*part.shape[:2], self.args.num_candidates if self.args.q else 1)
             z = torch.randn(*shape, len(self.low), device=device, generator=generator)
             gumbel = -torch.log(torch.empty(shape, device=device).exponential_(generator=generator))
+            part = part.clone(memory_format=torch.contiguous_format)  # n must not show in its strides either
             chosen.append(self.choose(actor, critic, part, z, gumbel))
         return (self.low + (torch.cat(chosen, 1)[:, :n] + 1) / 2 * (self.high - self.low)).cpu().numpy()
 
