@@ -342,7 +342,7 @@ class Policy:
             for function in (torch.vmap(self.first), torch.vmap(self.second)))
 
     def q(self, params: Params, obs: Tensor, actions: Tensor) -> Tensor:
-        """Both Qs of one model, (2, B)."""
+        """The Qs in `params` of one model, (Qs, B)."""
         return torch.vmap(lambda twin: functional_call(self.critic, twin, (obs, actions)))(params)
 
     def sample(self, params: Params, obs: Tensor, z: Tensor) -> Tensor:
