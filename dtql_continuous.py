@@ -464,7 +464,7 @@ class DTQL:
             losses, metrics = torch.vmap(loss, out_dims=(0, 1))(*arguments)
             params = [leaf for leaf in tree_leaves(arguments) if leaf.requires_grad]
             # Fused Adam reads a gradient as if it were laid out like its parameter
-            return [gradient.contiguous() for gradient in torch.autograd.grad(losses.sum(), params)], metrics
+            return [grad.contiguous() for grad in torch.autograd.grad(losses.sum(), params)], metrics
 
         return common.compile(gradient, self.device) if self.args.compile else gradient
 

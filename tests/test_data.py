@@ -8,7 +8,6 @@ from pathlib import Path
 import common
 import d4rl_tasks
 import gymnasium as gym
-import h5py
 import minari
 import numpy as np
 import pytest

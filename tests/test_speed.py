@@ -71,13 +71,14 @@ def test_compiled_run_resumes_to_the_bit(hopper, tmp_path, monkeypatch):
 
 def test_compiled_and_eager_policies_act_alike_in_any_number_of_states(compiled_graphs):
     agents = [make_agent(1, 11, 3, compile=compiled) for compiled in (False, True)]
+    graphs = []
     for count in (5, 1, 2):
         obs = np.random.default_rng(0).standard_normal((1, count, 11)).astype(np.float32)
         actions = [agent.policy.act(agent.params["actor"], agent.params["target_critic"], obs, torch.Generator().manual_seed(0))
                    for agent in agents]
         np.testing.assert_allclose(actions[1], actions[0], rtol=1e-4, atol=1e-5)
-        graphs = graphs if count < 5 else compiled_graphs()
-    assert compiled_graphs() == graphs  # nothing is compiled again for another number
+        graphs.append(compiled_graphs())
+    assert len(set(graphs)) == 1  # nothing is compiled again for another number
 
 
 def test_without_a_compiler_a_run_goes_on_with_one_note(hopper, tmp_path):
