@@ -45,7 +45,7 @@ class Args:
     torch_deterministic: bool = True
     """use deterministic kernels, so that a run can be repeated bit by bit on the same machine"""
     compile: bool = False
-    """compile the gradients with torch.compile; it takes a minute, so runs of less than 10,000 updates default to no"""
+    """compile losses and policy with torch.compile; it takes a minute, so runs of less than 10,000 updates default to no"""
     cudagraphs: bool = torch.cuda.is_available()
     """replay the whole update as a CUDA graph (not used with --no-cuda)"""
     resume: Annotated[str | None, tyro.conf.arg(metavar="RUN_DIR")] = None
@@ -182,8 +182,8 @@ class Mish(nn.Mish):
 
 
 def linear_of_cat(layer: nn.Linear, *inputs: Tensor) -> Tensor:
-    """layer(cat(inputs)), where the inputs broadcast: with obs (n, 1, S) and actions (n, N, A) the state's share is
-    computed once, not N times."""
+    """layer(cat(inputs)), also where the inputs must broadcast: with obs (n, 1, S) and actions (n, N, A) the state's share
+    is computed once, not N times."""
     if len({x.shape[:-1] for x in inputs}) == 1:
         return layer(torch.cat(inputs, -1))
     weights = layer.weight.split([x.shape[-1] for x in inputs], dim=1)

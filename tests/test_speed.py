@@ -16,7 +16,7 @@ from test_training import FLAGS, assert_same_end
 
 import speed
 
-# The same shapes and constants in all tests, here and in test_math: torch then compiles them once
+# With the shapes and constants of test_math's compiled update: torch then compiles them once
 COMPILED = dict(compile=True, num_seeds=2, alpha=1.0, expectile=0.9, nll=True)
 NO_COMPILE = [flag for flag in FLAGS if "compile" not in flag]
 
