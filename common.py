@@ -876,6 +876,7 @@ def compile(function: Callable[..., Any], device: torch.device) -> Callable[...,
     if not _can_compile(device):
         return function
     torch._dynamo.config.trace_autograd_ops = True  # a function may contain torch.autograd.grad
+    warnings.filterwarnings("ignore", "TensorFloat32")  # advice for a GPU: plain float32 is what is meant
     return torch.compile(function, dynamic=False)
 
 

@@ -113,7 +113,7 @@ def test_the_diff_shows_the_two_methods_and_nothing_else():
 
 
 FLAGS = ["--env-id=hopper-medium-v2", "--epochs=4", "--pretrain-epochs=1", "--steps-per-epoch=20", "--eval-episodes=2",
-         "--num-candidates=8", "--batch-size=32"]
+         "--num-candidates=8", "--batch-size=32", "--no-cuda"]
 
 
 def test_killed_and_resumed_is_bit_equal(hopper, tmp_path):

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from conftest import ROOT, make_args, run_script
 from test_math import make_agent
-from test_training import FLAGS, assert_same_end
+from test_training import FLAGS, assert_same_end, whole_and_resumed
 
 import speed
 
@@ -52,21 +52,8 @@ def test_compiled_run_compiles_five_functions_once(hopper, tmp_path, monkeypatch
 
 
 def test_compiled_run_resumes_to_the_bit(hopper, tmp_path, monkeypatch):
-    whole = dtql.main(make_args(tmp_path, **COMPILED))["run_dir"]
-    count, advance = [], common.Run.advance
-
-    def stop_in_training(run: common.Run, steps: int) -> None:
-        advance(run, steps)
-        count.append(run)
-        if len(count) == 33:
-            run._stop = True
-
-    monkeypatch.setattr(common.Run, "advance", stop_in_training)
-    with pytest.raises(common.Interrupted):
-        dtql.main(make_args(tmp_path, **COMPILED))
-    stopped = str(count[0].dir)
-    resumed = dtql.main(make_args(tmp_path, **COMPILED, resume=stopped))["run_dir"]
-    assert_same_end(whole, resumed)
+    resume = lambda run_dir: dtql.main(make_args(tmp_path, **COMPILED, resume=run_dir))
+    assert_same_end(*whole_and_resumed(tmp_path, monkeypatch, resume, **COMPILED))
 
 
 def test_compiled_and_eager_policies_act_alike_in_any_number_of_states(compiled_graphs):

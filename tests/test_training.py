@@ -40,6 +40,25 @@ def assert_same_end(one: str | Path, other: str | Path) -> None:
     assert results[0] == results[1]
 
 
+def whole_and_resumed(tmp_path: Path, monkeypatch, resume, **settings) -> tuple[str, str]:
+    """The folders of a run of 60 updates and of one that was stopped after 33 and gone on with by resume(its folder)."""
+    whole = dtql.main(make_args(tmp_path, **settings))["run_dir"]
+    count, advance = [], common.Run.advance
+
+    def stop_in_training(run: common.Run, steps: int) -> None:
+        advance(run, steps)
+        count.append(run)
+        if len(count) == 33:
+            run._stop = True
+
+    with monkeypatch.context() as patch:
+        patch.setattr(common.Run, "advance", stop_in_training)
+        with pytest.raises(common.Interrupted):
+            dtql.main(make_args(tmp_path, **settings))
+    resume(str(count[0].dir))
+    return whole, str(count[0].dir)
+
+
 @pytest.mark.parametrize("policy", ["gaussian", "implicit"])
 def test_training_changes_every_network_and_losses_fall(hopper, tmp_path, policy):
     args = make_args(tmp_path, policy=policy, pretrain_epochs=1, epochs=1, steps_per_epoch=150, num_seeds=2)
