@@ -1,7 +1,6 @@
 """On a GPU: captured, compiled and eager runs are one and the same. Skipped where there is none."""
 
 import copy
-import math
 import subprocess
 
 import common
@@ -11,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import command, make_args
-from test_math import assert_updates_agree, make_agent, run_updates
+from test_math import assert_learning_rates_follow_the_cosine, assert_updates_agree, make_agent, run_updates
 from test_training import params_of, rows_of, whole_and_resumed
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -24,10 +23,10 @@ MODES = [dict(compile=compiled, cudagraphs=graph) for compiled in (False, True) 
 ])
 def test_captured_compiled_and_eager_updates_agree(module, changes):
     """200 updates of every mode, and the random state after them."""
+    settings = dict(obs_dim=11, action_dim=3, module=module, device="cuda", lr_decay=True, epochs=10, **changes)
     agents, random_states = [], []
     for mode in MODES:
-        changes = {"num_seeds": 1, **changes, "lr_decay": True, "epochs": 10}
-        agents.append(make_agent(obs_dim=11, action_dim=3, module=module, device="cuda", **mode, **changes))
+        agents.append(make_agent(**settings, **mode))
         before = run_updates(agents[-1], each=100)
         random_states.append(torch.cuda.get_rng_state())
     for agent, random_state in zip(agents[1:], random_states[1:]):
@@ -48,13 +47,7 @@ def test_noise_differs_from_replay_to_replay(compiled):
 
 
 def test_the_graph_follows_the_learning_rate():
-    agent = make_agent(device="cuda", cudagraphs=True, lr_decay=True, epochs=2, steps_per_epoch=5, learning_rate=1e-4)
-    update = agent.make_update(training=True)
-    for step in range(10):
-        update()
-        factor = (1 + math.cos(math.pi * step / 10)) / 2
-        rates = [optimizer.param_groups[0]["lr"].item() for optimizer in agent.optimizers.values()]
-        assert rates == pytest.approx([3e-4 * factor, 1e-4 * factor, 1e-4 * factor], rel=1e-5, abs=1e-9)
+    assert_learning_rates_follow_the_cosine(device="cuda", cudagraphs=True)
 
 
 def test_making_an_update_ready_changes_nothing():
