@@ -1,11 +1,11 @@
-"""What the scripts share: command line, tasks (data, environment, score), lock-step evaluation, the folder of a run,
-checkpoints and CUDA graphs. Nothing here knows the algorithms."""
+"""What the scripts share beside the models: command line, one-line errors, lock-step evaluation, the folder of a run.
+Nothing here knows the algorithms."""
 
 import contextlib
 import csv
 import dataclasses
-import difflib
-import functools
+import errno
+import fcntl
 import importlib.metadata
 import io
 import json
@@ -13,55 +13,117 @@ import logging
 import multiprocessing
 import os
 import platform
-import re
 import shutil
 import signal
 import sys
-import tempfile
 import time
-import urllib.request
+import typing
 import warnings
-import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import gymnasium as gym
-import h5py
 import numpy as np
 import torch
 import tyro
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-import d4rl_tasks
-
-gym.logger.min_level = gym.logger.ERROR  # its warnings concern environments that no task here uses
-
-DEMO_ID = "dtql/pointmaze-umaze-v0"
-
 
 class UserError(Exception):
     """Something the user can mend. The message is one line that says what to do."""
 
 
+def line(error: BaseException) -> str:
+    """The message of an error on one line."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
 # ---- command line --------------------------------------------------------------------------------------------------
 
 
-def parse_args(cls: type, task_defaults: Callable[[str], dict[str, Any]], run_defaults: Callable[[Any], dict[str, Any]],
-               argv: Sequence[str] | None = None) -> Any:
+@dataclasses.dataclass
+class Args:
+    """The arguments of every script; a script adds those of its method."""
+
+    env_id: str = "dtql/pointmaze-umaze-v0"
+    """D4RL id (hopper-medium-v2) or Minari id (with a slash); the default is a demo that collects its own data"""
+    seed: int = 0
+    """seed of the first model; model i has seed + i"""
+    num_seeds: int = 1
+    """how many independent models to train at once"""
+    cuda: bool = torch.cuda.is_available()
+    """train on the GPU"""
+    torch_deterministic: bool = True
+    """use deterministic kernels, so that a run can be repeated bit by bit on the same machine"""
+    compile: bool = False
+    """compile losses and policy with torch.compile; it takes a minute, so runs of less than 10,000 updates default to no"""
+    cudagraphs: bool = torch.cuda.is_available()
+    """replay the whole update as a CUDA graph (not used with --no-cuda)"""
+    resume: Annotated[str | None, tyro.conf.arg(metavar="RUN_DIR")] = None
+    """folder of a run to continue as if it had never stopped"""
+    run_dir: str = "runs"
+    """parent folder of the runs' folders"""
+    batch_size: int = 256
+    """transitions per update and model"""
+    epochs: int = 2
+    """training epochs"""
+    steps_per_epoch: int = 1000
+    """updates in an epoch"""
+    eval_every: int = 50
+    """training epochs between evaluations; the last one is always evaluated"""
+    eval_episodes: int = 20
+    """episodes per evaluation and model"""
+
+    # Of methods that train part of their networks first; the others have none
+    @property
+    def pretrain_steps(self) -> int:
+        """Updates before the training epochs."""
+        return getattr(self, "pretrain_epochs", 0) * self.steps_per_epoch
+
+    @property
+    def total_steps(self) -> int:
+        """Updates of the whole run."""
+        return self.pretrain_steps + self.epochs * self.steps_per_epoch
+
+
+def run_defaults(args: Args) -> dict[str, Any]:
+    """The defaults that depend on other arguments."""
+    return {"compile": args.total_steps >= 10_000}
+
+
+def check_range(args: Any, **bounds: str) -> None:
+    """Raise UserError unless each named argument lies in its interval, written as in mathematics: "[0, 1)"."""
+    for name, interval in bounds.items():
+        value = getattr(args, name)
+        low, high = (float(bound) for bound in interval[1:-1].split(","))
+        inside = (low <= value if interval[0] == "[" else low < value) and (value <= high if interval[-1] == "]" else value < high)
+        check(inside, f"--{name.replace('_', '-')} must lie in {interval}, not {value}")
+
+
+def check_args(args: Args) -> None:
+    """Raise UserError for settings that cannot work, of those that every script has."""
+    positive = {"num_seeds": "[1, 1e4]", "batch_size": "[1, 1e6]", "steps_per_epoch": "[1, 1e9]", "eval_every": "[1, 1e9]",
+                "eval_episodes": "[1, 1e5]"}
+    check_range(args, **positive, epochs="[0, 1e9]")
+    check(0 <= args.seed < 2**63 - args.num_seeds, f"--seed must lie in [0, 2^63 - --num-seeds), not {args.seed}")
+
+
+def parse_args(cls: type, task_defaults: Callable[[str], dict[str, Any]], argv: Sequence[str] | None = None) -> Any:
     """Parse the command line into the dataclass `cls`, whose real defaults depend on the task and on each other.
 
-    `task_defaults(env_id)` gives the fields in which the task differs from `cls`, `run_defaults(args)` those that follow
+    `task_defaults(env_id)` gives the fields in which the task differs from `cls`; `run_defaults` knows those that follow
     from the other arguments. With `--resume RUN_DIR` the defaults are the settings of that run. Exits with status 2 and
     one line on stderr if the arguments cannot be parsed.
     """
     first = dataclasses.make_dataclass("First", [("env_id", str, cls.env_id), ("resume", str | None, None)])
     given, _ = cli(first, argv, return_unknown_args=True, add_help=False)
-    settings = _resumed_settings(cls, given.resume) if given.resume else task_defaults(given.env_id)
+    resumed = given.resume is not None
+    settings = _resumed_settings(cls, given.resume) if resumed else task_defaults(given.env_id)
     settings = {"env_id": given.env_id, **settings, "resume": given.resume}
     args = cli(cls, argv, default=cls(**settings))
-    return args if given.resume else cli(cls, argv, default=cls(**{**settings, **run_defaults(args)}))
+    return args if resumed else cli(cls, argv, default=cls(**{**settings, **run_defaults(args)}))
 
 
 def cli(cls: type, argv: Sequence[str] | None = None, **options: Any) -> Any:
@@ -80,22 +142,28 @@ def cli(cls: type, argv: Sequence[str] | None = None, **options: Any) -> Any:
 
 def _resumed_settings(cls: type, run_dir: str) -> dict[str, Any]:
     config = _read_config(run_dir)
-    check(config["args"].keys() == {field.name for field in dataclasses.fields(cls)},
-          f"--resume {run_dir}: the settings there are not this script's; resume it with {config['exp_name']}.py")
+    settings = settings_from(cls, config.get("args"), f"--resume {run_dir} (a run of {config['exp_name']}.py)")
     # A run of a machine with a GPU may go on without one (--no-cuda)
-    return {**config["args"], "cudagraphs": config["args"]["cudagraphs"] and torch.cuda.is_available()}
+    return {**settings, "cudagraphs": settings["cudagraphs"] and torch.cuda.is_available()}
 
 
 def run(main: Callable[[Any], Any], parse: Callable[[], Any]) -> None:
-    """Run `main(parse())` as a program: a `UserError` becomes one line on stderr and exit status 2."""
+    """Run `main(parse())` as a program: a `UserError` becomes one line on stderr and exit status 2.
+
+    SIGINT and SIGTERM end it with one line and exit status 130 or 143.
+    """
+    for stream in (sys.stdout, sys.stderr):  # an ASCII terminal gets "?" for what it cannot show
+        stream.reconfigure(errors="replace")
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, stop_now)
     try:
         main(parse())
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         print("interrupted", file=sys.stderr)
-        sys.exit(130)
+        sys.exit(128 + getattr(stop, "number", signal.SIGINT))
 
 
 def progress_bar(**kwargs: Any) -> tqdm:
@@ -109,12 +177,12 @@ def check(condition: bool, message: str) -> None:
         raise UserError(message)
 
 
-def find_device(cuda: bool, cudagraphs: bool) -> torch.device:
+def find_device(args: Any) -> torch.device:
     """The device to train on. Raises UserError if a GPU is asked for and there is none."""
-    for flag, wanted in (("cuda", cuda), ("cudagraphs", cudagraphs)):
-        check(not wanted or torch.cuda.is_available(),
+    for flag in ("cuda", "cudagraphs"):
+        check(not getattr(args, flag, False) or torch.cuda.is_available(),
               f"--{flag}: PyTorch finds no usable GPU here; train on the CPU with --no-{flag}")
-    return torch.device("cuda" if cuda else "cpu")
+    return torch.device("cuda" if args.cuda else "cpu")
 
 
 def seed_everything(seed: int, deterministic: bool) -> None:
@@ -124,320 +192,6 @@ def seed_everything(seed: int, deterministic: bool) -> None:
     torch.utils.deterministic.fill_uninitialized_memory = False
     torch.use_deterministic_algorithms(deterministic)
     torch.manual_seed(seed)
-
-
-# ---- tasks: data, environment, score -------------------------------------------------------------------------------
-
-
-class Task(NamedTuple):
-    """A task's offline data, its evaluation environment and its score.
-
-    obs, next_obs (N, S); actions (N, A), scaled to [-1, 1]; rewards, terminals (N,): float32 arrays of N transitions.
-    """
-
-    obs: np.ndarray
-    actions: np.ndarray
-    rewards: np.ndarray
-    terminals: np.ndarray  # 1 where the episode really ended (no bootstrapping), else 0
-    next_obs: np.ndarray
-    make_env: Callable[[], gym.Env]  # flat observations, action space (A,)
-    score: Callable[[np.ndarray], np.ndarray]  # returns (n,) -> scores (n,)
-    score_name: str
-    sparse_goal: bool  # the reward is 1 at the goal, where the episode ends, and 0 elsewhere
-    origin: str  # where the data came from
-
-    def fingerprint(self) -> int:
-        """Checksum of the transitions, to tell on `--resume` that they are still the same."""
-        return functools.reduce(lambda crc, array: zlib.crc32(np.ascontiguousarray(array), crc), self[:5], 0)
-
-
-def d4rl_id(env_id: str) -> str | None:
-    """The D4RL task of an id: itself, for a Minari id the D4RL task that it is nearest to, or None.
-
-    Raises UserError for an id that is neither D4RL's nor Minari's.
-    """
-    if "/" in env_id:
-        check(re.search(r"-v\d+$", env_id) is not None, f"unknown task {env_id}: a Minari id ends in its version, like -v2")
-        return next((name for name, task in d4rl_tasks.TASKS.items() if task.minari == env_id), None)
-    near = difflib.get_close_matches(env_id, d4rl_tasks.TASKS, 3)
-    hint = f"did you mean {' or '.join(near)}?" if near else f"D4RL ids look like {next(iter(d4rl_tasks.TASKS))}."
-    check(env_id in d4rl_tasks.TASKS, f"unknown task {env_id}: {hint} Minari ids contain a slash")
-    return env_id
-
-
-def load_task(env_id: str) -> Task:
-    """Load a D4RL id (D4RL's file and environment) or an id with a slash (Minari's data and its own environment).
-
-    Raises UserError for an unknown id and for data that is missing, broken or does not fit the environment.
-    """
-    return _check_and_scale(_load_minari(env_id) if d4rl_id(env_id) != env_id else _load_d4rl(env_id))
-
-
-def _check_and_scale(task: Task) -> Task:
-    """Refuse data that cannot be trained on; scale actions from the environment's bounds to [-1, 1]."""
-    check(len(task.obs) > 0, f"{task.origin} holds no transitions: give a complete data set")
-    for name in ("obs", "actions", "rewards", "next_obs"):
-        check(bool(np.isfinite(getattr(task, name)).all()),
-              f"{task.origin} holds NaN or infinite {name}: repair the data or fetch it again")
-    env = task.make_env()
-    obs_dim, space = env.observation_space.shape[0], env.action_space
-    env.close()
-    check(task.obs.shape[1] == obs_dim and task.actions.shape[1] == space.shape[0],
-          f"{task.origin} has observations of size {task.obs.shape[1]} and actions of size {task.actions.shape[1]}, its "
-          f"environment {obs_dim} and {space.shape[0]}: this is data of another task")
-    actions = 2 * (task.actions - space.low) / (space.high - space.low) - 1
-    check(bool((np.abs(actions) <= 1 + 1e-4).all()),
-          f"{task.origin} has actions outside the environment's bounds: repair the data or fetch it again")
-    return task._replace(actions=actions.clip(-1, 1).astype(np.float32))
-
-
-def _check_env(env: gym.Env, name: str) -> gym.Env:
-    """Flatten dictionary observations; insist on a bounded Box of actions."""
-    check(isinstance(env.action_space, gym.spaces.Box) and env.action_space.is_bounded() and
-          len(env.action_space.shape) == 1,
-          f"{name}: actions must be a bounded vector (Box), not {env.action_space}; take a continuous task")
-    if not isinstance(env.observation_space, gym.spaces.Box) or len(env.observation_space.shape) != 1:
-        env = gym.wrappers.FlattenObservation(env)
-    return env
-
-
-def d4rl_transitions(file: Path, limit: int) -> dict[str, np.ndarray]:
-    """Transitions of a D4RL HDF5 file, exactly those of d4rl's `qlearning_dataset`, float32.
-
-    next_obs is the next row's observation. Where an episode is cut (`timeouts`, or without that key after `limit`
-    steps) there is none, and the row is dropped even if it is also terminal. The last row only serves as next_obs.
-    Raises UserError if the file is not HDF5, cut off, lacks a key, or if the keys disagree in length.
-    """
-    try:
-        with h5py.File(file) as data:
-            keys = {"observations": 2, "actions": 2, "rewards": 1, "terminals": 1}
-            arrays = {key: data[key][:] for key in (*keys, "timeouts") if key in data}
-    except (OSError, RuntimeError, TypeError, ValueError, AttributeError) as error:
-        raise UserError(f"{file} is not a complete HDF5 file ({_line(error)}): delete it to download it again") from None
-    missing = [key for key in keys if key not in arrays]
-    check(not missing, f"{file} lacks the key(s) {', '.join(missing)}: delete it to download it again")
-    for key, dimensions in keys.items():
-        check(arrays[key].ndim == dimensions and len(arrays[key]) == len(arrays["observations"]),
-              f"{file}: {key} has shape {arrays[key].shape}, which does not fit observations "
-              f"{arrays['observations'].shape}: this is not D4RL's format")
-    terminals = arrays["terminals"].astype(bool)
-    if "timeouts" in arrays:
-        final = arrays["timeouts"].astype(bool)
-        check(final.shape == terminals.shape, f"{file}: timeouts has shape {final.shape}, terminals {terminals.shape}")
-    else:
-        final, step = np.zeros(len(terminals), bool), 0
-        for row, terminal in enumerate(terminals):
-            final[row] = step == limit - 1
-            # d4rl sets its step to 0 at a terminal and still counts that row, so the next episode starts at 1
-            step = 0 if final[row] else 1 if terminal else step + 1
-    kept = np.flatnonzero(~final[:-1])
-    observations = arrays["observations"].astype(np.float32)
-    return {
-        "obs": observations[kept],
-        "actions": arrays["actions"][kept].astype(np.float32),
-        "rewards": arrays["rewards"][kept].astype(np.float32),
-        "terminals": terminals[kept].astype(np.float32),
-        "next_obs": observations[kept + 1],
-    }
-
-
-def _make_d4rl_env(env_id: str) -> gym.Env:
-    return gym.make(gym.spec(f"d4rl/{env_id}"))  # a spec, because gym.make(id) warns that v2 is newer than v0
-
-
-def _load_d4rl(env_id: str) -> Task:
-    row = d4rl_tasks.TASKS[env_id]
-    folder = Path(os.environ.get("D4RL_DATASET_DIR") or Path.home() / ".d4rl" / "datasets")
-    file = folder / row.file
-    if not file.exists():
-        base = os.environ.get("D4RL_BASE_URL", "http://rail.eecs.berkeley.edu/datasets/offline_rl/")
-        near = f"; the nearest Minari data set, {row.minari}, is different data" if row.minari else ""
-        download(f"{base.rstrip('/')}/{row.path}", file, f"{env_id}: put {row.file} into {folder}{near}")
-    return Task(
-        **d4rl_transitions(file, row.limit),
-        make_env=functools.partial(_make_d4rl_env, env_id),
-        score=lambda returns: 100 * (returns - row.min_score) / (row.max_score - row.min_score),
-        score_name="D4RL normalised score",
-        sparse_goal=env_id.startswith("antmaze"),
-        origin=str(file),
-    )
-
-
-def download(url: str, file: Path, advice: str) -> None:
-    """Fetch an HDF5 file with a progress bar. `file` appears only when it is complete and readable.
-
-    Raises UserError, ending in `advice`, if the server cannot be reached or sends something else.
-    """
-    part = file.with_name(f"{file.name}.{os.getpid()}.part")
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with urllib.request.urlopen(url, timeout=30) as response, open(part, "wb") as target:
-            size = int(response.headers.get("Content-Length", 0))
-            with progress_bar(total=size or None, unit="B", unit_scale=True, desc=file.name, disable=None) as progress:
-                while chunk := response.read(1 << 20):
-                    target.write(chunk)
-                    progress.update(len(chunk))
-        if size and part.stat().st_size != size:
-            raise OSError(f"{part.stat().st_size} of {size} bytes arrived")
-        h5py.File(part).close()
-        part.replace(file)
-    except (OSError, ValueError) as error:  # URLError, timeouts and "not HDF5" are all OSErrors
-        raise UserError(f"cannot download {url} ({_line(error)}). {advice}") from None
-    finally:
-        part.unlink(missing_ok=True)
-
-
-def _line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
-
-
-def _load_minari(env_id: str) -> Task:
-    os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # Minari's server: the last of its retries says enough
-    import minari
-
-    try:
-        if not (_minari_root() / env_id / "data").exists():
-            if env_id == DEMO_ID:
-                collect_demo()
-            else:
-                print(f"downloading {env_id} with Minari")
-                with _staged_minari(env_id):
-                    minari.download_dataset(env_id)
-        dataset = minari.load_dataset(env_id)
-    except UserError:
-        raise
-    except (Exception, SystemExit) as error:
-        raise UserError(f"Minari data set {env_id} is neither in {_minari_root()} nor can it be downloaded "
-                        f"({_line(error)}): `minari list remote` shows what there is") from None
-    check(isinstance(dataset.action_space, gym.spaces.Box),
-          f"{env_id}: actions must be a bounded vector (Box), not {dataset.action_space}; take a continuous task")
-    # Where the data's environment goes on at the goal, or pays a finished task again and again, evaluation does not
-    options = {"continuing_task": False, "terminate_on_tasks_completed": True, "remove_task_when_completed": True}
-    try:
-        env = dataset.recover_environment(eval_env=True)
-        options = {name: value for name, value in options.items() if hasattr(env.unwrapped, name)}
-        make_env = functools.partial(_make_minari_env, env_id, env.spec, options)
-        sparse_goal = "continuing_task" in options and env.unwrapped.reward_type == "sparse"
-        env.close()
-    except UserError:
-        raise
-    except Exception as error:
-        raise UserError(f"{env_id}: its environment cannot be made ({_line(error)}): install what it needs") from None
-
-    parts: dict[str, list[np.ndarray]] = {"obs": [], "actions": [], "rewards": [], "terminals": [], "next_obs": []}
-    try:
-        for episode in dataset.iterate_episodes():
-            obs = _flatten(dataset.observation_space, episode.observations)
-            terminals, length = np.array(episode.terminations, np.float32), len(episode.rewards)
-            if sparse_goal and (episode.rewards > 0).any():
-                # AntMaze's data goes on after the goal: the task ends at the first success
-                length = int(np.argmax(episode.rewards > 0)) + 1
-                terminals[length - 1] = 1
-            parts["obs"].append(obs[:length])
-            parts["actions"].append(episode.actions[:length])
-            parts["rewards"].append(episode.rewards[:length])
-            parts["terminals"].append(terminals[:length])
-            parts["next_obs"].append(obs[1 : length + 1])
-    except (OSError, KeyError, ValueError, AttributeError) as error:
-        raise UserError(f"{env_id} in {_minari_root()} is damaged ({_line(error)}): delete it and fetch it again") from None
-    check(bool(parts["obs"]), f"{env_id} holds no transitions: give a complete data set")
-
-    low, high = (dataset.storage.metadata.get(f"ref_{bound}_score") for bound in ("min", "max"))
-    known = low is not None and high is not None
-    return Task(
-        **{name: np.concatenate(arrays).astype(np.float32) for name, arrays in parts.items()},
-        make_env=make_env,
-        score=(lambda returns: 100 * minari.get_normalized_score(dataset, returns)) if known else (lambda returns: returns),
-        score_name="Minari normalised score" if known else "return",
-        sparse_goal=sparse_goal,
-        origin=f"Minari {env_id}",
-    )
-
-
-def _minari_root() -> Path:
-    return Path(os.environ.get("MINARI_DATASETS_PATH") or Path.home() / ".minari" / "datasets")
-
-
-@contextlib.contextmanager
-def _staged_minari(env_id: str) -> Iterator[None]:
-    """Let Minari write data set `env_id` to a folder of its own; it is moved to its place when it is whole."""
-    root = _minari_root()
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-        staging = Path(tempfile.mkdtemp(dir=root, prefix=".incomplete-"))
-    except OSError as error:
-        raise UserError(f"cannot write {env_id} to {root} ({_line(error)}): set MINARI_DATASETS_PATH") from None
-    try:
-        os.environ["MINARI_DATASETS_PATH"] = str(staging)
-        yield
-        (root / env_id).parent.mkdir(parents=True, exist_ok=True)
-        with contextlib.suppress(OSError):  # it is there by now: another run was faster
-            (staging / env_id).rename(root / env_id)
-    finally:
-        os.environ["MINARI_DATASETS_PATH"] = str(root)
-        shutil.rmtree(staging, ignore_errors=True)
-
-
-def _make_minari_env(name: str, spec: gym.envs.registration.EnvSpec, options: dict[str, Any]) -> gym.Env:
-    return _check_env(gym.make(spec, **options), name)
-
-
-def _flatten(space: gym.Space, rows: Any) -> np.ndarray:
-    """Rows of observations (T, ...), nested as in `space`, as (T, S), in the order of FlattenObservation."""
-    if isinstance(space, gym.spaces.Dict):
-        return np.concatenate([_flatten(sub, rows[key]) for key, sub in space.spaces.items()], axis=1)
-    if isinstance(space, gym.spaces.Tuple):
-        return np.concatenate([_flatten(sub, row) for sub, row in zip(space.spaces, rows)], axis=1)
-    if isinstance(space, gym.spaces.Box):
-        return np.asarray(rows).reshape(len(rows), -1)
-    return np.stack([gym.spaces.flatten(space, row) for row in rows])
-
-
-# ---- the demo ------------------------------------------------------------------------------------------------------
-
-DEMO_STEPS = 100_000
-_DEMO_MAP = [[1, 1, 1, 1, 1], [1, "g", 0, 0, 1], [1, 1, 1, 0, 1], [1, 0, 0, 0, 1], [1, 1, 1, 1, 1]]
-_DEMO_PATH = [(1, 1), (1, 2), (1, 3), (2, 3), (3, 3), (3, 2), (3, 1)]  # the U's free cells in walking order
-
-
-def collect_demo() -> None:
-    """Collect the demo's data into a local Minari data set: a point mass in a U-maze.
-
-    A scripted controller (PD with noise) drives between random cells, as D4RL's maze2d data was made. The goal is one
-    end of the U; evaluation starts at the other.
-    """
-    import minari
-
-    with _staged_minari(DEMO_ID):
-        evaluation_map = [list(row) for row in _DEMO_MAP]
-        evaluation_map[3][1] = "r"
-        make = functools.partial(gym.make, "PointMaze_UMaze-v3", continuing_task=False, disable_env_checker=True)
-        env = minari.DataCollector(make(maze_map=_DEMO_MAP))
-        maze, rng = env.unwrapped.maze, np.random.default_rng(0)
-        with progress_bar(total=DEMO_STEPS, unit="step", desc="collecting the demo's data") as progress:
-            steps = 0
-            while steps < DEMO_STEPS:
-                obs, _ = env.reset(seed=int(rng.integers(2**31)))
-                done, path = False, []
-                while not done:
-                    position, velocity = obs["observation"][:2], obs["observation"][2:]
-                    if not path:  # walk to another cell, through all the cells between
-                        cell = tuple(int(i) for i in maze.cell_xy_to_rowcol(position))
-                        here, there = _DEMO_PATH.index(cell), int(rng.integers(len(_DEMO_PATH)))
-                        path = _DEMO_PATH[here : there + 1] or _DEMO_PATH[there : here + 1][::-1]
-                    target = maze.cell_rowcol_to_xy(np.array(path[0]))
-                    action = 10 * (target - position) - velocity + 0.5 * rng.standard_normal(2)
-                    obs, _, terminated, truncated, _ = env.step(action.clip(-1, 1).astype(np.float32))
-                    done = terminated or truncated
-                    if np.linalg.norm(target - obs["achieved_goal"]) < 0.3:
-                        path.pop(0)
-                    steps += 1
-                    progress.update()
-        evaluation_env = make(maze_map=evaluation_map)
-        env.create_dataset(DEMO_ID, eval_env=evaluation_env, algorithm_name="PD controller between random cells",
-                           author="DTQL", author_email="none", code_permalink="none", ref_min_score=0.0,
-                           ref_max_score=1.0, description="The demo task of the DTQL scripts")
-        env.close()
 
 
 # ---- evaluation ----------------------------------------------------------------------------------------------------
@@ -468,8 +222,8 @@ def _serve(pipe: Any, inherited: list[Any], make_env: Callable[[], gym.Env], see
     """A worker process: a `_Shard` behind a pipe, until the pipe closes."""
     for other in inherited:  # so that the pipes close with the main process, even if it is killed
         other.close()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process decides
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    for number in (signal.SIGINT, signal.SIGTERM):  # schedulers send these to all; the main process decides
+        signal.signal(number, signal.SIG_IGN)
     try:
         shard = _Shard(make_env, seeds)
         pipe.send(())
@@ -513,7 +267,10 @@ class LockstepEnvs:
 
     @staticmethod
     def _receive(pipe: Any) -> tuple[np.ndarray, ...]:
-        answer = pipe.recv()
+        try:
+            answer = pipe.recv()
+        except (EOFError, OSError):
+            raise UserError("an evaluation worker has died (killed, or out of memory?): with less memory in use, try again") from None
         if isinstance(answer, Exception):
             raise answer
         return answer
@@ -524,7 +281,8 @@ class LockstepEnvs:
         bounds, busy = np.searchsorted(indices, self.starts), []
         for pipe, offset, start, stop in zip(self.pipes, self.starts, bounds, bounds[1:]):
             if stop > start:
-                pipe.send((method, indices[start:stop] - offset, argument[start:stop]))
+                with contextlib.suppress(OSError):  # a dead worker shows when its answer is read
+                    pipe.send((method, indices[start:stop] - offset, argument[start:stop]))
                 busy.append(pipe)
         return tuple(map(np.concatenate, zip(*[self._receive(pipe) for pipe in busy])))
 
@@ -545,17 +303,18 @@ class LockstepEnvs:
         for process in self.processes:
             process.join(timeout=5)
             if process.is_alive():
-                process.terminate()
+                process.kill()
 
 
+LOG_EVERY = 100  # updates between readings of the losses, which make the host wait for the device
 # So many copies at once keep a GPU and its cores busy; of the heaviest task (kitchen) they take 4 GiB
 MAX_COPIES = 64
 
 
-def make_lockstep_envs(task: Task, seed: int, num_models: int, num_episodes: int) -> LockstepEnvs:
-    """The copies in which `run_episodes` evaluates `num_models` models in `num_episodes` episodes each."""
-    copies = min(num_models * num_episodes, MAX_COPIES)
-    return LockstepEnvs(task.make_env, np.random.SeedSequence(seed).generate_state(copies))
+def make_lockstep_envs(task: Any, args: Args) -> LockstepEnvs:
+    """The copies in which a run is evaluated."""
+    copies = min(args.num_seeds * args.eval_episodes, MAX_COPIES)
+    return LockstepEnvs(task.make_env, np.random.SeedSequence(args.seed).generate_state(copies))
 
 
 def run_episodes(
@@ -586,6 +345,8 @@ def run_episodes(
             batch = np.zeros((num_models, column.max() + 1, obs.shape[1]), np.float32)
             batch[model, column] = obs[running]
             obs[running], rewards, done = envs.step(running, act(batch)[model, column])
+            check(bool(np.isfinite(obs[running]).all() and np.isfinite(rewards).all()),
+                  "the environment gave an observation or a reward that is NaN or infinite: its score would mean nothing")
             returns[episode[running]] += rewards
             lengths[episode[running]] += 1
             finished = running[done]
@@ -603,189 +364,371 @@ def episode_seeds(seeds: Sequence[int], epoch: int, num_episodes: int) -> np.nda
     return np.array([np.random.SeedSequence([seed, epoch]).generate_state(num_episodes) for seed in seeds])
 
 
-def evaluate(task: Task, envs: LockstepEnvs, act: Callable[[np.ndarray], np.ndarray], seeds: Sequence[int], epoch: int,
-             num_episodes: int) -> list[dict[str, Any]]:
-    """`run_episodes` of the models trained from `seeds`, as rows of eval.csv, one per model."""
+class Evaluation(NamedTuple):
+    """Undiscounted returns, scores and lengths in steps, each (K, E), of E episodes of K models, and how long they took."""
+
+    returns: np.ndarray
+    scores: np.ndarray
+    lengths: np.ndarray
+    seconds: float
+
+
+def evaluate(task: Any, envs: LockstepEnvs, act: Callable[[np.ndarray, torch.Generator], np.ndarray], args: Args, epoch: int,
+             device: torch.device) -> Evaluation:
+    """Evaluate the models of a run with `act`: observations (K, m, S) to actions (K, m, A) in the environment's units.
+
+    It has its own random state: training goes on as if it had not happened. Raises Interrupted.
+    """
     start = time.perf_counter()
-    returns, lengths = run_episodes(envs, act, episode_seeds(seeds, epoch, num_episodes))
-    scores, seconds = task.score(returns), time.perf_counter() - start
-    return [
-        {"epoch": epoch, "seed": seed, "return_mean": returns[i].mean(), "return_std": returns[i].std(),
-         "score_mean": scores[i].mean(), "score_std": scores[i].std(), "length_mean": lengths[i].mean(),
-         "episodes": num_episodes, "eval_seconds": seconds}
-        for i, seed in enumerate(seeds)
-    ]
+    generator = torch.Generator(device).manual_seed(int(np.random.SeedSequence([args.seed, epoch]).generate_state(1, np.uint64)[0]))
+
+    def act_or_stop(obs: np.ndarray) -> np.ndarray:
+        check_stop()
+        return act(obs, generator)
+
+    seeds = range(args.seed, args.seed + args.num_seeds)
+    returns, lengths = run_episodes(envs, act_or_stop, episode_seeds(seeds, epoch, args.eval_episodes))
+    return Evaluation(returns, np.asarray(task.score(returns), np.float64), lengths, time.perf_counter() - start)
 
 
-# ---- a run's folder ------------------------------------------------------------------------------------------------
+# ---- stopping ----------------------------------------------------------------------------------------------------------
 
+
+class Interrupted(KeyboardInterrupt):
+    """SIGINT or SIGTERM; `number` says which."""
+
+    def __init__(self, number: int):
+        self.number = number
+
+
+_stop_signal = 0  # that arrived while a run was going on, and waits for `check_stop`
+
+
+def request_stop(number: int, frame: Any = None) -> None:
+    """Signal handler of a run: stop at the next `check_stop`, where nothing is half done; the second time at once."""
+    global _stop_signal
+    if _stop_signal:
+        raise Interrupted(number)
+    _stop_signal = number
+
+
+def stop_now(number: int, frame: Any = None) -> None:
+    """Signal handler before and after a run."""
+    raise Interrupted(number)
+
+
+def check_stop() -> None:
+    """Raise Interrupted if somebody asked for a stop. Call it where the state is whole."""
+    if _stop_signal:
+        raise Interrupted(_stop_signal)
+
+
+# ---- a run's folder ----------------------------------------------------------------------------------------------------
+
+FORMAT = 2  # of a run's folder: 1 (before `stacked.py`) kept parameters by position and cannot be resumed
 EVAL_FIELDS = ("epoch", "seed", "return_mean", "return_std", "score_mean", "score_std", "length_mean", "episodes",
                "train_seconds", "eval_seconds")
+EPISODE_FIELDS = ("epoch", "seed", "episode", "return", "score", "length")
 
 
-def write_atomically(file: Path, write: Callable[[Path], None]) -> None:
-    """`write` a temporary file, flush it to disk and rename it to `file`: a kill leaves the old one or the new one."""
-    temporary = file.with_name(file.name + ".tmp")
-    write(temporary)
-    with open(temporary, "rb") as written:
-        os.fsync(written.fileno())
-    temporary.replace(file)
+def write_atomically(file: Path, content: bytes) -> None:
+    """Write `content` to a temporary file, flush it to disk and rename it to `file`: there is always the old one or the new.
 
-
-def load_checkpoint(file: str | Path, device: torch.device | str = "cpu") -> dict[str, Any]:
-    """A checkpoint as saved. Raises UserError if the file is missing or damaged."""
+    Raises UserError, with no temporary file left, if it cannot be written.
+    """
+    temporary = file.with_name(f"{file.name}.tmp")
     try:
-        return torch.load(file, map_location=device, weights_only=True)
-    except Exception as error:
-        raise UserError(f"cannot read the checkpoint {file} ({_line(error)[:200]}): give the checkpoint.pt of a run") from None
+        with open(temporary, "wb") as target:
+            target.write(content)
+            target.flush()
+            os.fsync(target.fileno())
+        temporary.replace(file)
+    except OSError as error:
+        raise UserError(f"cannot write {file} ({error.strerror or line(error)}): make room, or permit writing there") from None
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def to_csv(fields: Sequence[str], rows: Sequence[dict[str, Any]]) -> bytes:
+    """A table with a head line."""
+    target = io.StringIO(newline="")
+    writer = csv.DictWriter(target, fields)
+    writer.writeheader()
+    writer.writerows(rows)
+    return target.getvalue().encode()
+
+
+def settings_from(cls: type, saved: Any, place: str) -> dict[str, Any]:
+    """The arguments of `cls` as they were saved. Raises UserError if they are another script's or of impossible types."""
+    hints = typing.get_type_hints(cls)
+    check(isinstance(saved, dict) and saved.keys() == hints.keys(), f"{place}: the settings there are not this script's")
+    for name, hint in hints.items():
+        value = saved[name]
+        allowed = typing.get_args(hint)  # of a Literal its values, of a union its types
+        if typing.get_origin(hint) is typing.Literal:
+            fits = value in allowed
+        else:
+            kinds = tuple(kind for kind in (allowed or (hint,)))
+            fits = type(value) in kinds or float in kinds and type(value) is int
+        check(fits, f"{place}: {name} = {value!r} there is impossible; put back the file that the run wrote")
+    return dict(saved)
+
+
+def open_checkpoint(file: str | Path, device: torch.device | str = "cpu") -> dict[str, Any]:
+    """A checkpoint as `Run` saved it. Raises UserError if it is missing, unreadable or something else."""
+    device = torch.device(device)
+    check(device.type != "cuda" or torch.cuda.is_available(), "PyTorch finds no usable GPU here: take device=\"cpu\"")
+    try:
+        saved = torch.load(file, map_location=device, weights_only=True)
+    except Exception as error:  # torch's own advice, weights_only=False, would let a foreign file run code
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else "it is damaged or no checkpoint"
+        raise UserError(f"cannot read the checkpoint {file} ({reason}): give the checkpoint.pt of a run") from None
+    check(isinstance(saved, dict) and not ("agent" in saved and "format" not in saved),
+          f"{file} was written by an earlier version of this project, or is no checkpoint: train anew")
+    check(saved.get("format") == FORMAT, f"{file} is no checkpoint of a run: give the checkpoint.pt of a run")
+    kinds = {"exp_name": str, "args": dict, "spaces": dict, "step": int, "logged_step": int, "rows": list, "episodes": list,
+             "train_seconds": float, "learner": dict, "random_state": torch.Tensor}
+    wrong = [name for name, kind in kinds.items() if type(saved.get(name)) is not kind]
+    check(not wrong, f"{file} is damaged: it has no usable {', '.join(wrong)}")
+    return saved
+
+
+def open_policy(file: str | Path, script: str, cls: type, index: int, device: str) -> tuple[Any, dict, dict]:
+    """What deploying a policy takes: the arguments, the spaces (obs_dim, action_low, action_high), the learner's state.
+
+    Raises UserError if the checkpoint cannot be read, was written by another script, or has no model `index`.
+    """
+    saved = open_checkpoint(file, device)
+    check(saved["exp_name"] == Path(script).stem, f"{file} was written by {saved['exp_name']}.py: load it with that")
+    args = cls(**settings_from(cls, saved["args"], str(file)))
+    check(-args.num_seeds <= index < args.num_seeds, f"{file} holds {args.num_seeds} model(s): there is no {index}")
+    spaces = {name: value.cpu().numpy() if isinstance(value, torch.Tensor) else value for name, value in saved["spaces"].items()}
+    return dataclasses.replace(args, compile=False), spaces, saved["learner"]
 
 
 def _read_config(run_dir: str) -> dict[str, Any]:
     """config.json of a run. Raises UserError if the folder is not a run."""
+    place = f"--resume {run_dir}" if run_dir else '--resume ""'
     try:
-        config = json.loads((Path(run_dir) / "config.json").read_text())
-        return {key: config[key] for key in ("exp_name", "args", "data")}
-    except (OSError, ValueError, KeyError, TypeError):
-        raise UserError(f"--resume {run_dir}: no run is there; give a folder that has config.json and checkpoint.pt") from None
+        config = json.loads((Path(run_dir) / "config.json").read_text()) if run_dir else None
+    except (OSError, ValueError):
+        config = None
+    check(isinstance(config, dict) and isinstance(config.get("exp_name"), str),
+          f"{place}: no run is there; give a folder that has config.json and checkpoint.pt")
+    check(config.get("format") == FORMAT, f"{place}: that run was made by another version of this project, with which alone it "
+          "can go on; start it anew")
+    check(isinstance(config.get("data"), dict) and type(config["data"].get("fingerprint")) is int,
+          f"{place}: config.json lacks the data's fingerprint; put back the file that the run wrote")
+    return config
 
 
-class Interrupted(KeyboardInterrupt):
-    """SIGINT or SIGTERM, raised where nothing is half done."""
+# Only the hardware and the place may change when a run is resumed
+_FREE = dict.fromkeys(("resume", "run_dir", "cuda", "compile", "cudagraphs"))
+
+
+def _check_same(settings: dict[str, Any], before: dict[str, Any], message: Callable[[str, Any, Any], str]) -> None:
+    for name, value in settings.items():
+        check(name in _FREE or before.get(name) == value, message(name, before.get(name), value))
 
 
 class Run:
     """A run's folder and everything that is written there, with the progress bar. Use it as a context.
 
-    On SIGINT or SIGTERM the run ends at the next call of `check_stop`, with a checkpoint.
+    On SIGINT or SIGTERM the run ends at the next `check_stop`, with a checkpoint. Whatever goes wrong with the disk ends it
+    with a UserError; the last checkpoint stays good.
     """
 
-    def __init__(self, exp_name: str, args: Any, task: Task, agent: Any, device: torch.device, total_steps: int):
-        """Make the folder, or with `args.resume` load its checkpoint into `agent`. Raises UserError if it cannot.
+    def __init__(self, script: str, args: Args, task: Any, learner: Any, device: torch.device):
+        """Make the folder, or with `args.resume` load its checkpoint into `learner`. Raises UserError if it cannot.
 
-        `agent` has state_dict() and load_state_dict(), `metrics` (names) and `sums` (metrics, K), which add up.
+        `script` is the file that runs. `learner` (a `stacked.Learner`) has state_dict, load_state_dict and `sums`, the metrics
+        (K,) by name, which add up over updates.
         """
-        self.args, self.agent, self.score_name, self.total_steps = args, agent, task.score_name, total_steps
-        self.step, self.train_seconds, self.rows, self.logged_step, self.saved_step = 0, 0.0, [], 0, -1
-        settings = dataclasses.asdict(args)
+        self.args, self.learner, self.score_name, self.device = args, learner, task.score_name, device
+        self.exp_name, self.total_steps = Path(script).stem, args.total_steps
+        self.spaces = {"obs_dim": task.obs.shape[1], "action_low": torch.as_tensor(task.action_low),
+                       "action_high": torch.as_tensor(task.action_high)}
+        self.step, self.train_seconds, self.logged_step, self.saved_step = 0, 0.0, 0, -1
+        self.rows: list[dict[str, Any]] = []  # of eval.csv
+        self.episodes: list[dict[str, Any]] = []  # one entry per evaluation: its returns, scores and lengths (K, E)
         data = {"origin": task.origin, "transitions": len(task.obs), "fingerprint": task.fingerprint(),
                 "score": task.score_name}
-        if args.resume:
-            self.dir = Path(args.resume)
+        if args.resume is not None:
             config = _read_config(args.resume)
-            # Only the hardware and the place may change
-            free = {"resume": None, "run_dir": None, "cuda": None, "compile": None, "cudagraphs": None}
-            before, now = ({"script": name, **values, **free}
-                           for name, values in ((config["exp_name"], config["args"]), (exp_name, settings)))
-            for name, value in now.items():
-                check(name in before and before[name] == value,
-                      f"--resume {self.dir}: that run has {name} = {before.get(name)}, not {value}; leave the flag out")
-            check(config["data"]["fingerprint"] == data["fingerprint"],
-                  f"--resume {self.dir}: {task.origin} is not the data that the run began with; put that back")
-            self._load(load_checkpoint(self.dir / "checkpoint.pt", device), device)
+            self.dir = Path(args.resume)
+            self._lock()
+            self._resume(config, data)
         else:
-            self.dir = _create_run_dir(args.run_dir, args.env_id, exp_name, args.seed)
-            packages = ("numpy", "gymnasium", "gymnasium-robotics", "mujoco", "minari")
-            versions = {package: importlib.metadata.version(package) for package in packages}
-            name = torch.cuda.get_device_name() if device.type == "cuda" else f"{platform.machine()} CPU"
-            config = {"exp_name": exp_name, "args": settings, "data": data, "device": name,
-                      "versions": {"python": platform.python_version(), "torch": torch.__version__, **versions}}
-            write_atomically(self.dir / "config.json", lambda file: file.write_text(json.dumps(config, indent=2)))
-            self.save()
+            self.dir = _create_run_dir(args.run_dir, args.env_id, self.exp_name, args.seed)
+            try:
+                self._lock()
+                self._begin(script, data)
+            except BaseException:
+                shutil.rmtree(self.dir, ignore_errors=True)
+                raise
         if not args.cuda and not torch.cuda.is_available():
             print("no GPU found: training on the CPU", file=sys.stderr)
         print(f"{self.dir}: {args.num_seeds} model(s), {len(task.obs):,} transitions from {task.origin}, on {device}")
 
+    def _begin(self, script: str, data: dict[str, Any]) -> None:
+        packages = ("numpy", "gymnasium", "gymnasium-robotics", "mujoco", "minari")
+        versions = {package: importlib.metadata.version(package) for package in packages}
+        name = torch.cuda.get_device_name() if self.device.type == "cuda" else f"{platform.machine()} CPU"
+        config = {"format": FORMAT, "exp_name": self.exp_name, "args": dataclasses.asdict(self.args), "data": data, "device": name,
+                  "versions": {"python": platform.python_version(), "torch": torch.__version__, **versions}}
+        write_atomically(self.dir / Path(script).name, Path(script).read_bytes())
+        write_atomically(self.dir / "config.json", json.dumps(config, indent=2).encode())
+        self.save()
+
+    def _resume(self, config: dict[str, Any], data: dict[str, Any]) -> None:
+        place, settings = f"--resume {self.dir}", dataclasses.asdict(self.args)
+        check(config["exp_name"] == self.exp_name,
+              f"{place}: that run was made by {config['exp_name']}.py, not {self.exp_name}.py; resume it with that")
+        before = settings_from(type(self.args), config.get("args"), place)
+        _check_same(settings, before, lambda name, old, new: f"{place}: that run has {name} = {old}, not {new}; leave the flag out")
+        check(config["data"]["fingerprint"] == data["fingerprint"],
+              f"{place}: {data['origin']} is not the data that the run began with; put that back")
+        saved = open_checkpoint(self.dir / "checkpoint.pt", self.device)
+        check(saved["exp_name"] == self.exp_name, f"{place}: its checkpoint is of {saved['exp_name']}.py, its config.json is not")
+        _check_same(settings, saved["args"], lambda name, old, new: f"{place}: its config.json has {name} = {new} and its "
+                    f"checkpoint {old}: they are of different runs")
+        check(0 <= saved["logged_step"] <= saved["step"] <= self.total_steps,
+              f"{place}: its checkpoint is after {saved['step']} updates, the whole run has {self.total_steps}")
+        random_state, cuda_state = saved["random_state"].cpu(), saved.get("cuda_random_state")
+        check(random_state.shape == torch.get_rng_state().shape and random_state.dtype == torch.uint8,
+              f"{place}: the checkpoint's random state is not this version of torch's")
+        self.learner.load_state_dict(saved["learner"])
+        torch.set_rng_state(random_state)
+        if self.device.type == "cuda" and isinstance(cuda_state, torch.Tensor):
+            torch.cuda.set_rng_state(cuda_state.cpu())
+        self.step, self.logged_step, self.train_seconds = saved["step"], saved["logged_step"], saved["train_seconds"]
+        self.rows, self.episodes = saved["rows"], [{name: value.cpu() if isinstance(value, torch.Tensor) else value
+                                                    for name, value in entry.items()} for entry in saved["episodes"]]
+        self.saved_step, self._saved_rows = self.step, len(self.rows)
+        self._saved_at, self._save_seconds = time.perf_counter(), 0.0
+        if self.rows:
+            self._write_tables()
+
+    def _lock(self) -> None:
+        """Make sure that no other process writes here. The lock ends with this process, however that ends.
+
+        A POSIX lock: forked workers do not inherit it, and network file systems know it.
+        """
+        try:
+            self._lock_file = open(self.dir / ".lock", "a")
+            fcntl.lockf(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EAGAIN) and not isinstance(error, PermissionError):
+                raise UserError(f"{self.dir}: another process is writing to this run; wait for it or stop it") from None
+            if error.errno != errno.ENOLCK:  # a file system without locks: go on without
+                raise UserError(f"cannot write to {self.dir} ({error.strerror}): make room, or permit writing there") from None
+
     def __enter__(self) -> "Run":
-        self._stop = False
-        self._handlers = {number: signal.signal(number, self._on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+        global _stop_signal
+        _stop_signal = 0
+        self._handlers = {number: signal.signal(number, request_stop) for number in (signal.SIGINT, signal.SIGTERM)}
         # A killed run may have logged beyond its last checkpoint: those events are dropped
         self.writer = SummaryWriter(str(self.dir), purge_step=self.step + 1 if self.step else None)
         self.progress = progress_bar(total=self.total_steps, initial=self.step, unit="update", smoothing=0.05)
         self._clock = time.perf_counter()
         return self
 
-    def __exit__(self, kind: type | None, *_: Any) -> None:
+    def __exit__(self, kind: type | None, error: BaseException | None, traceback: Any) -> None:
+        global _stop_signal
         self.progress.close()
-        self.writer.close()
+        with contextlib.suppress(OSError):  # a full disk, of which a checkpoint has told by now
+            self.writer.close()
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
-        if kind is Interrupted:
-            self.save()
-            print(f"stopped at update {self.step}; continue with --resume {self.dir}", file=sys.stderr)
+        stopped, _stop_signal = _stop_signal, 0
+        try:
+            if kind is Interrupted and stopped:
+                self.save()
+                print(f"stopped at update {self.step}; continue with --resume {self.dir}", file=sys.stderr)
+            if kind is not None and issubclass(kind, OSError):
+                raise UserError(f"cannot write to {self.dir} ({error.strerror or line(error)}); its checkpoint of update "
+                                f"{self.saved_step} is good: make room and continue with --resume {self.dir}") from None
+        finally:
+            self._lock_file.close()
 
-    def _on_signal(self, number: int, frame: Any) -> None:
-        if self._stop:  # the second time: at once, without a new checkpoint
-            raise KeyboardInterrupt
-        self._stop = True
+    @property
+    def epoch(self) -> int:
+        """Training epochs begun so far; below 0 in the epochs of pretraining."""
+        return (self.step - self.args.pretrain_steps) // self.args.steps_per_epoch
 
-    def check_stop(self) -> None:
-        """Raise Interrupted if somebody asked for a stop. Call it where the state is whole."""
-        if self._stop:
-            raise Interrupted
+    def evaluation_due(self) -> bool:
+        """Whether an evaluation belongs here and has not been done: every so many training epochs and at the end."""
+        due = self.step % self.args.steps_per_epoch == 0 and self.epoch >= 0 and (
+            self.step == self.total_steps or self.epoch > 0 and self.epoch % self.args.eval_every == 0)
+        return due and not any(row["epoch"] == self.epoch for row in self.rows)
 
-    def resume_clock(self) -> None:
-        """Count the training time from here on (evaluation has its own)."""
-        self._clock = time.perf_counter()
+    def until_log(self) -> int:
+        """Updates until the metrics should be logged."""
+        within = self.step % self.args.steps_per_epoch
+        return min(self.args.steps_per_epoch - within, LOG_EVERY - within % LOG_EVERY)
 
-    def advance(self, steps: int) -> None:
-        """`steps` more updates are done."""
-        self.step += steps
-        self.progress.update(steps)
+    def advance(self) -> None:
+        """One more update is done: the place where a run can stop. Raises Interrupted."""
+        self.step += 1
+        self.progress.update()
+        check_stop()
 
     def log(self) -> None:
-        """Write the metrics since the last log. Raises UserError if one is not finite."""
-        means = (self.agent.sums / max(1, self.step - self.logged_step)).mean(1).tolist()  # waits for the device
+        """Write the metrics since the last log, and a checkpoint if one is due. Raises UserError if one is not finite."""
+        sums = self.learner.sums
+        means = (torch.stack(list(sums.values())) / max(1, self.step - self.logged_step)).mean(1).tolist()  # waits for the device
         seconds = time.perf_counter() - self._clock
         self.train_seconds += seconds
         self._clock = time.perf_counter()
-        losses = {name: mean for name, mean in zip(self.agent.metrics, means)}
+        losses = dict(zip(sums, means))
         check(bool(np.isfinite(means).all()),
               f"update {self.step}: a loss is no longer finite ({', '.join(f'{k} {v:.3g}' for k, v in losses.items())}); "
               f"{self.dir}/checkpoint.pt of update {self.saved_step} is good; try a lower --learning-rate")
+        losses = {name: mean for name, mean in losses.items() if mean}  # the others are not computed while pretraining
         for name, mean in losses.items():
-            if mean:  # the policy's are not computed while pretraining
-                self.writer.add_scalar(f"losses/{name}", mean, self.step)
+            self.writer.add_scalar(f"losses/{name}", mean, self.step)
         self.writer.add_scalar("charts/SPS", (self.step - self.logged_step) / seconds, self.step)
-        self.progress.set_postfix({name: f"{mean:.3g}" for name, mean in losses.items() if mean} | self._last_score(), refresh=False)
-        self.agent.sums.zero_()
+        self.progress.set_postfix({name: f"{mean:.3g}" for name, mean in losses.items()} | self._last_score(), refresh=False)
+        for value in sums.values():
+            value.zero_()
         self.logged_step = self.step
+        # Checkpoints should take no more than about a twentieth of the time
+        if time.perf_counter() - self._saved_at > 20 * self._save_seconds:
+            self.save()
 
     def _last_score(self) -> dict[str, str]:
         last = [row["score_mean"] for row in self.rows if row["epoch"] == self.rows[-1]["epoch"]]
         return {"score": f"{np.mean(last):.1f}"} if last else {}
 
-    def evaluated(self, epoch: int) -> bool:
-        """Whether the evaluation after this training epoch has been done."""
-        return any(row["epoch"] == epoch for row in self.rows)
-
-    def add_evaluation(self, rows: list[dict[str, Any]]) -> None:
-        """Append one evaluation, a row per model, to eval.csv, TensorBoard and the next checkpoint."""
-        rows = [{"train_seconds": round(self.train_seconds, 3), **row} for row in rows]
-        self.rows += [{name: row[name] if isinstance(row[name], int) else float(row[name]) for name in EVAL_FIELDS}
-                      for row in rows]
-        self.save()  # before eval.csv, so that a row there is never one that a resumed run computes again
-        self._write_eval_csv()
+    def add_evaluation(self, evaluation: "Evaluation") -> None:
+        """Add an evaluation to eval.csv, episodes.csv, TensorBoard and the next checkpoint."""
+        seeds = range(self.args.seed, self.args.seed + self.args.num_seeds)
+        returns, scores, lengths = evaluation.returns, evaluation.scores, evaluation.lengths
+        rows = [{"epoch": self.epoch, "seed": seed, "return_mean": float(returns[i].mean()), "return_std": float(returns[i].std()),
+                 "score_mean": float(scores[i].mean()), "score_std": float(scores[i].std()),
+                 "length_mean": float(lengths[i].mean()), "episodes": returns.shape[1],
+                 "train_seconds": round(self.train_seconds, 3), "eval_seconds": evaluation.seconds}
+                for i, seed in enumerate(seeds)]
+        self.rows += rows
+        self.episodes.append({"epoch": self.epoch, "return": torch.from_numpy(returns), "score": torch.from_numpy(scores),
+                              "length": torch.from_numpy(lengths)})
+        self.save()  # before the tables, so that a row there is never one that a resumed run computes again
+        self._write_tables()
         for name in ("return_mean", "score_mean", "length_mean"):
             for row in rows:
                 self.writer.add_scalar(f"eval/{name}_seed{row['seed']}", row[name], self.step)
             self.writer.add_scalar(f"eval/{name}", np.mean([row[name] for row in rows]), self.step)
-        self.progress.write(f"epoch {rows[0]['epoch']}: {self.score_name} {_mean_and_spread(rows)}, "
-                            f"{np.mean([row['length_mean'] for row in rows]):.0f} steps per episode, "
-                            f"{rows[0]['eval_seconds']:.0f} s")
+        self.progress.write(f"epoch {self.epoch}: {self.score_name} {_mean_and_spread(rows)}, "
+                            f"{np.mean([row['length_mean'] for row in rows]):.0f} steps per episode, {evaluation.seconds:.0f} s")
+        self._clock = time.perf_counter()  # evaluation is not training time
 
-    def _write_eval_csv(self) -> None:
-        def write(file: Path) -> None:
-            with open(file, "w", newline="") as target:
-                writer = csv.DictWriter(target, EVAL_FIELDS)
-                writer.writeheader()
-                writer.writerows(self.rows)
-
-        write_atomically(self.dir / "eval.csv", write)
-
-    def save_now_and_then(self) -> None:
-        """Save a checkpoint if one is due: they should take no more than about a twentieth of the time."""
-        if time.perf_counter() - self._saved_at > 20 * self._save_seconds:
-            self.save()
+    def _write_tables(self) -> None:
+        write_atomically(self.dir / "eval.csv", to_csv(EVAL_FIELDS, self.rows))
+        rows = [{"epoch": entry["epoch"], "seed": self.args.seed + i, "episode": episode,
+                 **{name: entry[name][i, episode].item() for name in ("return", "score", "length")}}
+                for entry in self.episodes for i in range(len(entry["return"])) for episode in range(entry["return"].shape[1])]
+        write_atomically(self.dir / "episodes.csv", to_csv(EPISODE_FIELDS, rows))
 
     def save(self) -> None:
         """Write checkpoint.pt: everything that the run needs to continue as if it had not stopped."""
@@ -793,30 +736,26 @@ class Run:
             return
         start = time.perf_counter()
         checkpoint = {
-            "args": dataclasses.asdict(self.args), "step": self.step, "logged_step": self.logged_step, "rows": self.rows,
-            "train_seconds": self.train_seconds, "agent": self.agent.state_dict(), "random_state": torch.get_rng_state(),
+            "format": FORMAT, "exp_name": self.exp_name, "args": dataclasses.asdict(self.args), "spaces": self.spaces,
+            "step": self.step, "logged_step": self.logged_step, "rows": self.rows, "episodes": self.episodes,
+            "train_seconds": self.train_seconds, "learner": self.learner.state_dict(), "random_state": torch.get_rng_state(),
             "cuda_random_state": torch.cuda.get_rng_state() if self.args.cuda else None,
         }
-        params = [param for network in checkpoint["agent"]["params"].values() for param in network.values()]
+        params = [param for network in checkpoint["learner"]["params"].values() for param in network.values()]
         check(all(bool(param.isfinite().all()) for param in params),
               f"update {self.step}: a parameter is no longer finite; {self.dir}/checkpoint.pt of update {self.saved_step} "
               "is good; try a lower --learning-rate")
-        write_atomically(self.dir / "checkpoint.pt", lambda file: torch.save(checkpoint, file))
+        content = io.BytesIO()
+        torch.save(checkpoint, content)
+        try:
+            write_atomically(self.dir / "checkpoint.pt", content.getvalue())
+        except UserError as error:
+            if self.saved_step < 0:
+                raise
+            raise UserError(f"{error}; the checkpoint of update {self.saved_step} is good: continue with --resume {self.dir}") from None
         self.saved_step, self._saved_rows = self.step, len(self.rows)
         self._saved_at = time.perf_counter()
         self._save_seconds = self._saved_at - start
-
-    def _load(self, checkpoint: dict[str, Any], device: torch.device) -> None:
-        self.step, self.logged_step, self.rows = checkpoint["step"], checkpoint["logged_step"], checkpoint["rows"]
-        self.train_seconds = checkpoint["train_seconds"]
-        self.agent.load_state_dict(checkpoint["agent"])
-        torch.set_rng_state(checkpoint["random_state"].cpu())
-        if device.type == "cuda" and checkpoint["cuda_random_state"] is not None:
-            torch.cuda.set_rng_state(checkpoint["cuda_random_state"].cpu())
-        self.saved_step, self._saved_rows = self.step, len(self.rows)
-        self._saved_at, self._save_seconds = time.perf_counter(), 0.0
-        if self.rows:
-            self._write_eval_csv()
 
     def summary(self) -> dict[str, Any]:
         """Print the closing line; returns the folder and the rows of eval.csv."""
@@ -846,67 +785,7 @@ def _create_run_dir(parent: str, env_id: str, exp_name: str, seed: int) -> Path:
             return run_dir
         except FileExistsError as error:
             if not run_dir.is_dir():
-                raise UserError(f"cannot make the run folder {run_dir} ({_line(error)}): choose another --run-dir") from None
+                raise UserError(f"cannot make the run folder {run_dir} ({line(error)}): choose another --run-dir") from None
             now += 1  # two runs in one second
         except OSError as error:
-            raise UserError(f"cannot make the run folder {run_dir} ({_line(error)}): choose another --run-dir") from None
-
-
-# ---- CUDA graphs ---------------------------------------------------------------------------------------------------
-
-
-@functools.cache
-def _can_compile(device: torch.device) -> bool:
-    # Where CUDA is installed but no GPU, torch says so, which is no news to anybody
-    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
-    try:
-        x = torch.ones(64, device=device, requires_grad=True)
-        torch.compile(lambda x: x.sin().sum())(x).backward()
-        return True
-    except Exception as error:
-        print(f"note: going on without --compile, torch.compile does not work here: {_line(error)}", file=sys.stderr)
-        return False
-
-
-def compile(function: Callable[..., Any], device: torch.device) -> Callable[..., Any]:
-    """`function`, which works on tensors of static shape, through torch.compile.
-
-    That needs a C++ compiler, on a GPU also triton: without them one note is printed and `function` itself returned.
-    """
-    if not _can_compile(device):
-        return function
-    torch._dynamo.config.trace_autograd_ops = True  # a function may contain torch.autograd.grad
-    warnings.filterwarnings("ignore", "TensorFloat32")  # advice for a GPU: plain float32 is what is meant
-    return torch.compile(function, dynamic=False)
-
-
-def warm_up(update: Callable[[], None], state: Sequence[torch.Tensor], device: torch.device,
-            graph: bool) -> Callable[[], None]:
-    """Let what `update` contains be compiled, and with `graph` capture it in a CUDA graph; says how long that took.
-
-    `update` takes and returns nothing and works on tensors of static shape. It runs a few times for this; `state`, every
-    tensor that it changes, and the random state are put back afterwards. Returns a function that does the same; noise
-    differs from call to call.
-    """
-    started, cuda = time.perf_counter(), device.type == "cuda"
-    generator = torch.cuda.default_generators[torch.cuda.current_device()] if cuda else torch.default_generator
-    saved, random_state = [tensor.clone() for tensor in state], generator.get_state()
-    stream = torch.cuda.Stream() if graph else None  # capturing asks for a stream of its own, which waits for no other
-    if cuda:
-        torch.cuda.synchronize()
-    with torch.cuda.stream(stream):
-        for _ in range(3 if graph else 1):
-            update()
-    if cuda:
-        torch.cuda.synchronize()
-    with torch.no_grad():
-        for tensor, value in zip(state, saved):
-            tensor.copy_(value)
-    generator.set_state(random_state)
-    if graph:
-        cuda_graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(cuda_graph, stream=stream):
-            update()
-        update = cuda_graph.replay
-    tqdm.write(f"update made ready in {time.perf_counter() - started:.0f} s", file=sys.stderr)
-    return update
+            raise UserError(f"cannot make the run folder {run_dir} ({line(error)}): choose another --run-dir") from None

@@ -1,0 +1,372 @@
+"""Tasks: D4RL's files, Minari's data sets and a demo that collects its own data, each with its environment and its score."""
+
+import contextlib
+import difflib
+import functools
+import os
+import re
+import shutil
+import tempfile
+import urllib.request
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import gymnasium as gym
+import h5py
+import numpy as np
+
+import common
+import d4rl_tasks
+from common import UserError, check, line, progress_bar
+
+gym.logger.min_level = gym.logger.ERROR  # its warnings concern environments that no task here uses
+
+DEMO_ID = common.Args.env_id
+
+
+class Task(NamedTuple):
+    """A task's offline data, its evaluation environment and its score.
+
+    obs, next_obs (N, S); actions (N, A), scaled to [-1, 1]; rewards, terminals (N,): float32 arrays of N transitions.
+    action_low, action_high (A,): the environment's bounds.
+    """
+
+    obs: np.ndarray
+    actions: np.ndarray
+    rewards: np.ndarray
+    terminals: np.ndarray  # 1 where the episode really ended (no bootstrapping), else 0
+    next_obs: np.ndarray
+    make_env: Callable[[], gym.Env]  # flat observations, action space (A,)
+    score: Callable[[np.ndarray], np.ndarray]  # returns (n,) -> scores (n,)
+    score_name: str
+    sparse_goal: bool  # the reward is 1 at the goal, where the episode ends, and 0 elsewhere
+    origin: str  # where the data came from
+    action_low: np.ndarray
+    action_high: np.ndarray
+
+    @classmethod
+    def without_data(cls, obs_dim: int, action_low: np.ndarray, action_high: np.ndarray) -> "Task":
+        """What an agent that is only deployed needs to know of its task."""
+        none = lambda *shape: np.zeros(shape, np.float32)
+        return cls(none(0, obs_dim), none(0, len(action_low)), none(0), none(0), none(0, obs_dim), gym.Env, lambda x: x, "return",
+                   False, "nowhere", np.asarray(action_low), np.asarray(action_high))
+
+    def fingerprint(self) -> int:
+        """Checksum of the transitions, to tell on `--resume` that they are still the same."""
+        return functools.reduce(lambda crc, array: zlib.crc32(np.ascontiguousarray(array), crc), self[:5], 0)
+
+
+def d4rl_id(env_id: str) -> str | None:
+    """The D4RL task of an id: itself, for a Minari id the D4RL task that it is nearest to, or None.
+
+    Raises UserError for an id that is neither D4RL's nor Minari's.
+    """
+    if "/" in env_id:
+        check(re.search(r"-v\d+$", env_id) is not None, f"unknown task {env_id}: a Minari id ends in its version, like -v2")
+        return next((name for name, task in d4rl_tasks.TASKS.items() if task.minari == env_id), None)
+    near = difflib.get_close_matches(env_id, d4rl_tasks.TASKS, 3)
+    hint = f"did you mean {' or '.join(near)}?" if near else f"D4RL ids look like {next(iter(d4rl_tasks.TASKS))}."
+    check(env_id in d4rl_tasks.TASKS, f"unknown task {env_id}: {hint} Minari ids contain a slash")
+    return env_id
+
+
+def load_task(env_id: str) -> Task:
+    """Load a D4RL id (D4RL's file and environment) or an id with a slash (Minari's data and its own environment).
+
+    Raises UserError for an unknown id and for data that is missing, broken or does not fit the environment.
+    """
+    return _check_and_scale(_load_minari(env_id) if d4rl_id(env_id) != env_id else _load_d4rl(env_id))
+
+
+def _check_and_scale(task: Task) -> Task:
+    """Refuse data that cannot be trained on; scale actions from the environment's bounds to [-1, 1]."""
+    check(len(task.obs) > 0, f"{task.origin} holds no transitions: give a complete data set")
+    for name in ("obs", "actions", "rewards", "next_obs"):
+        check(bool(np.isfinite(getattr(task, name)).all()),
+              f"{task.origin} holds NaN or infinite {name}: repair the data or fetch it again")
+    env = task.make_env()
+    obs_dim, space = env.observation_space.shape[0], env.action_space
+    env.close()
+    check(task.obs.shape[1] == obs_dim and task.actions.shape[1] == space.shape[0],
+          f"{task.origin} has observations of size {task.obs.shape[1]} and actions of size {task.actions.shape[1]}, its "
+          f"environment {obs_dim} and {space.shape[0]}: this is data of another task")
+    actions = 2 * (task.actions - space.low) / (space.high - space.low) - 1
+    check(bool((np.abs(actions) <= 1 + 1e-4).all()),
+          f"{task.origin} has actions outside the environment's bounds: repair the data or fetch it again")
+    return task._replace(actions=actions.clip(-1, 1).astype(np.float32), action_low=space.low, action_high=space.high)
+
+
+def domain(env_id: str) -> str:
+    """The family of the D4RL task that `env_id` is or is nearest to: locomotion, antmaze, pen, kitchen, or "" for none.
+
+    Raises UserError for an unknown id.
+    """
+    name = (d4rl_id(env_id) or "").split("-")[0]
+    return "locomotion" if name in ("halfcheetah", "hopper", "walker2d") else name
+
+
+def return_range(task: Task) -> float:
+    """Largest minus smallest undiscounted return of an episode in the data, as IQL counts episodes.
+
+    An episode ends at a terminal, where the next row does not begin at this row's next_obs (by more than 1e-6), and at the
+    last row. Raises UserError if all returns are equal.
+    """
+    jumps = np.linalg.norm(task.obs[1:].astype(np.float64) - task.next_obs[:-1], axis=1) > 1e-6
+    ends = np.append((task.terminals[:-1] == 1) | jumps, True)
+    starts = np.concatenate(([0], np.flatnonzero(ends[:-1]) + 1))
+    returns = np.add.reduceat(task.rewards.astype(np.float64), starts)
+    difference = float(returns.max() - returns.min())
+    check(difference > 0, f"{task.origin}: all {len(returns)} episodes have the same return, by whose range rewards are scaled: "
+          "give a data set with better and worse episodes")
+    return difference
+
+
+def _check_env(env: gym.Env, name: str) -> gym.Env:
+    """Flatten dictionary observations; insist on a bounded Box of actions."""
+    check(isinstance(env.action_space, gym.spaces.Box) and env.action_space.is_bounded() and
+          len(env.action_space.shape) == 1,
+          f"{name}: actions must be a bounded vector (Box), not {env.action_space}; take a continuous task")
+    if not isinstance(env.observation_space, gym.spaces.Box) or len(env.observation_space.shape) != 1:
+        env = gym.wrappers.FlattenObservation(env)
+    return env
+
+
+def d4rl_transitions(file: Path, limit: int) -> dict[str, np.ndarray]:
+    """Transitions of a D4RL HDF5 file, exactly those of d4rl's `qlearning_dataset`, float32.
+
+    next_obs is the next row's observation. Where an episode is cut (`timeouts`, or without that key after `limit`
+    steps) there is none, and the row is dropped even if it is also terminal. The last row only serves as next_obs.
+    Raises UserError if the file is not HDF5, cut off, lacks a key, or if the keys disagree in length.
+    """
+    try:
+        with h5py.File(file) as data:
+            keys = {"observations": 2, "actions": 2, "rewards": 1, "terminals": 1}
+            arrays = {key: data[key][:] for key in (*keys, "timeouts") if key in data}
+    except (OSError, RuntimeError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"{file} is not a complete HDF5 file ({line(error)}): delete it to download it again") from None
+    missing = [key for key in keys if key not in arrays]
+    check(not missing, f"{file} lacks the key(s) {', '.join(missing)}: delete it to download it again")
+    for key, dimensions in keys.items():
+        check(arrays[key].ndim == dimensions and len(arrays[key]) == len(arrays["observations"]),
+              f"{file}: {key} has shape {arrays[key].shape}, which does not fit observations "
+              f"{arrays['observations'].shape}: this is not D4RL's format")
+    terminals = arrays["terminals"].astype(bool)
+    if "timeouts" in arrays:
+        final = arrays["timeouts"].astype(bool)
+        check(final.shape == terminals.shape, f"{file}: timeouts has shape {final.shape}, terminals {terminals.shape}")
+    else:
+        final, step = np.zeros(len(terminals), bool), 0
+        for row, terminal in enumerate(terminals):
+            final[row] = step == limit - 1
+            # d4rl sets its step to 0 at a terminal and still counts that row, so the next episode starts at 1
+            step = 0 if final[row] else 1 if terminal else step + 1
+    kept = np.flatnonzero(~final[:-1])
+    observations = arrays["observations"].astype(np.float32)
+    return {
+        "obs": observations[kept],
+        "actions": arrays["actions"][kept].astype(np.float32),
+        "rewards": arrays["rewards"][kept].astype(np.float32),
+        "terminals": terminals[kept].astype(np.float32),
+        "next_obs": observations[kept + 1],
+    }
+
+
+def _make_d4rl_env(env_id: str) -> gym.Env:
+    return gym.make(gym.spec(f"d4rl/{env_id}"))  # a spec, because gym.make(id) warns that v2 is newer than v0
+
+
+def _load_d4rl(env_id: str) -> Task:
+    row = d4rl_tasks.TASKS[env_id]
+    folder = Path(os.environ.get("D4RL_DATASET_DIR") or Path.home() / ".d4rl" / "datasets")
+    file = folder / row.file
+    if not file.exists():
+        base = os.environ.get("D4RL_BASE_URL", "http://rail.eecs.berkeley.edu/datasets/offline_rl/")
+        near = f"; the nearest Minari data set, {row.minari}, is different data" if row.minari else ""
+        download(f"{base.rstrip('/')}/{row.path}", file, f"{env_id}: put {row.file} into {folder}{near}")
+    return Task(
+        **d4rl_transitions(file, row.limit),
+        make_env=functools.partial(_make_d4rl_env, env_id),
+        score=lambda returns: 100 * (returns - row.min_score) / (row.max_score - row.min_score),
+        score_name="D4RL normalised score",
+        sparse_goal=env_id.startswith("antmaze"),
+        origin=str(file),
+        action_low=None,  # these are filled in where the data is checked against the environment
+        action_high=None,
+    )
+
+
+def download(url: str, file: Path, advice: str) -> None:
+    """Fetch an HDF5 file with a progress bar. `file` appears only when it is complete and readable.
+
+    Raises UserError, ending in `advice`, if the server cannot be reached or sends something else.
+    """
+    part = file.with_name(f"{file.name}.{os.getpid()}.part")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with urllib.request.urlopen(url, timeout=30) as response, open(part, "wb") as target:
+            size = int(response.headers.get("Content-Length", 0))
+            with progress_bar(total=size or None, unit="B", unit_scale=True, desc=file.name, disable=None) as progress:
+                while chunk := response.read(1 << 20):
+                    target.write(chunk)
+                    progress.update(len(chunk))
+        if size and part.stat().st_size != size:
+            raise OSError(f"{part.stat().st_size} of {size} bytes arrived")
+        h5py.File(part).close()
+        part.replace(file)
+    except (OSError, ValueError) as error:  # URLError, timeouts and "not HDF5" are all OSErrors
+        raise UserError(f"cannot download {url} ({line(error)}). {advice}") from None
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _load_minari(env_id: str) -> Task:
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # Minari's server: the last of its retries says enough
+    import minari
+
+    try:
+        if not (_minari_root() / env_id / "data").exists():
+            if env_id == DEMO_ID:
+                collect_demo()
+            else:
+                print(f"downloading {env_id} with Minari")
+                with _staged_minari(env_id):
+                    minari.download_dataset(env_id)
+        dataset = minari.load_dataset(env_id)
+    except UserError:
+        raise
+    except (Exception, SystemExit) as error:
+        raise UserError(f"Minari data set {env_id} is neither in {_minari_root()} nor can it be downloaded "
+                        f"({line(error)}): `minari list remote` shows what there is") from None
+    check(isinstance(dataset.action_space, gym.spaces.Box),
+          f"{env_id}: actions must be a bounded vector (Box), not {dataset.action_space}; take a continuous task")
+    # Where the data's environment goes on at the goal, or pays a finished task again and again, evaluation does not
+    options = {"continuing_task": False, "terminate_on_tasks_completed": True, "remove_task_when_completed": True}
+    try:
+        env = dataset.recover_environment(eval_env=True)
+        options = {name: value for name, value in options.items() if hasattr(env.unwrapped, name)}
+        make_env = functools.partial(_make_minari_env, env_id, env.spec, options)
+        sparse_goal = "continuing_task" in options and env.unwrapped.reward_type == "sparse"
+        env.close()
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"{env_id}: its environment cannot be made ({line(error)}): install what it needs") from None
+
+    parts: dict[str, list[np.ndarray]] = {"obs": [], "actions": [], "rewards": [], "terminals": [], "next_obs": []}
+    try:
+        for episode in dataset.iterate_episodes():
+            obs = _flatten(dataset.observation_space, episode.observations)
+            terminals, length = np.array(episode.terminations, np.float32), len(episode.rewards)
+            if sparse_goal and (episode.rewards > 0).any():
+                # AntMaze's data goes on after the goal: the task ends at the first success
+                length = int(np.argmax(episode.rewards > 0)) + 1
+                terminals[length - 1] = 1
+            parts["obs"].append(obs[:length])
+            parts["actions"].append(episode.actions[:length])
+            parts["rewards"].append(episode.rewards[:length])
+            parts["terminals"].append(terminals[:length])
+            parts["next_obs"].append(obs[1 : length + 1])
+    except (OSError, KeyError, ValueError, AttributeError) as error:
+        raise UserError(f"{env_id} in {_minari_root()} is damaged ({line(error)}): delete it and fetch it again") from None
+    check(bool(parts["obs"]), f"{env_id} holds no transitions: give a complete data set")
+
+    low, high = (dataset.storage.metadata.get(f"ref_{bound}_score") for bound in ("min", "max"))
+    known = low is not None and high is not None
+    return Task(
+        **{name: np.concatenate(arrays).astype(np.float32) for name, arrays in parts.items()},
+        make_env=make_env,
+        score=(lambda returns: 100 * minari.get_normalized_score(dataset, returns)) if known else (lambda returns: returns),
+        score_name="Minari normalised score" if known else "return",
+        sparse_goal=sparse_goal,
+        origin=f"Minari {env_id}",
+        action_low=None,
+        action_high=None,
+    )
+
+
+def _minari_root() -> Path:
+    return Path(os.environ.get("MINARI_DATASETS_PATH") or Path.home() / ".minari" / "datasets")
+
+
+@contextlib.contextmanager
+def _staged_minari(env_id: str) -> Iterator[None]:
+    """Let Minari write data set `env_id` to a folder of its own; it is moved to its place when it is whole."""
+    root = _minari_root()
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        staging = Path(tempfile.mkdtemp(dir=root, prefix=".incomplete-"))
+    except OSError as error:
+        raise UserError(f"cannot write {env_id} to {root} ({line(error)}): set MINARI_DATASETS_PATH") from None
+    try:
+        os.environ["MINARI_DATASETS_PATH"] = str(staging)
+        yield
+        (root / env_id).parent.mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(OSError):  # it is there by now: another run was faster
+            (staging / env_id).rename(root / env_id)
+    finally:
+        os.environ["MINARI_DATASETS_PATH"] = str(root)
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def _make_minari_env(name: str, spec: gym.envs.registration.EnvSpec, options: dict[str, Any]) -> gym.Env:
+    return _check_env(gym.make(spec, **options), name)
+
+
+def _flatten(space: gym.Space, rows: Any) -> np.ndarray:
+    """Rows of observations (T, ...), nested as in `space`, as (T, S), in the order of FlattenObservation."""
+    if isinstance(space, gym.spaces.Dict):
+        return np.concatenate([_flatten(sub, rows[key]) for key, sub in space.spaces.items()], axis=1)
+    if isinstance(space, gym.spaces.Tuple):
+        return np.concatenate([_flatten(sub, row) for sub, row in zip(space.spaces, rows)], axis=1)
+    if isinstance(space, gym.spaces.Box):
+        return np.asarray(rows).reshape(len(rows), -1)
+    return np.stack([gym.spaces.flatten(space, row) for row in rows])
+
+
+# ---- the demo ------------------------------------------------------------------------------------------------------
+
+DEMO_STEPS = 100_000
+_DEMO_MAP = [[1, 1, 1, 1, 1], [1, "g", 0, 0, 1], [1, 1, 1, 0, 1], [1, 0, 0, 0, 1], [1, 1, 1, 1, 1]]
+_DEMO_PATH = [(1, 1), (1, 2), (1, 3), (2, 3), (3, 3), (3, 2), (3, 1)]  # the U's free cells in walking order
+
+
+def collect_demo() -> None:
+    """Collect the demo's data into a local Minari data set: a point mass in a U-maze.
+
+    A scripted controller (PD with noise) drives between random cells, as D4RL's maze2d data was made. The goal is one
+    end of the U; evaluation starts at the other.
+    """
+    import minari
+
+    with _staged_minari(DEMO_ID):
+        evaluation_map = [list(row) for row in _DEMO_MAP]
+        evaluation_map[3][1] = "r"
+        make = functools.partial(gym.make, "PointMaze_UMaze-v3", continuing_task=False, disable_env_checker=True)
+        env = minari.DataCollector(make(maze_map=_DEMO_MAP))
+        maze, rng = env.unwrapped.maze, np.random.default_rng(0)
+        with progress_bar(total=DEMO_STEPS, unit="step", desc="collecting the demo's data") as progress:
+            steps = 0
+            while steps < DEMO_STEPS:
+                obs, _ = env.reset(seed=int(rng.integers(2**31)))
+                done, path = False, []
+                while not done:
+                    position, velocity = obs["observation"][:2], obs["observation"][2:]
+                    if not path:  # walk to another cell, through all the cells between
+                        cell = tuple(int(i) for i in maze.cell_xy_to_rowcol(position))
+                        here, there = _DEMO_PATH.index(cell), int(rng.integers(len(_DEMO_PATH)))
+                        path = _DEMO_PATH[here : there + 1] or _DEMO_PATH[there : here + 1][::-1]
+                    target = maze.cell_rowcol_to_xy(np.array(path[0]))
+                    action = 10 * (target - position) - velocity + 0.5 * rng.standard_normal(2)
+                    obs, _, terminated, truncated, _ = env.step(action.clip(-1, 1).astype(np.float32))
+                    done = terminated or truncated
+                    if np.linalg.norm(target - obs["achieved_goal"]) < 0.3:
+                        path.pop(0)
+                    steps += 1
+                    progress.update()
+        evaluation_env = make(maze_map=evaluation_map)
+        env.create_dataset(DEMO_ID, eval_env=evaluation_env, algorithm_name="PD controller between random cells",
+                           author="DTQL", author_email="none", code_permalink="none", ref_min_score=0.0,
+                           ref_max_score=1.0, description="The demo task of the DTQL scripts")
+        env.close()
