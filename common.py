@@ -218,12 +218,17 @@ class _Shard:
             env.close()
 
 
+def ignore_signals() -> None:
+    """In a worker process: schedulers and terminals send signals to all processes, but the main one decides."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+
 def _serve(pipe: Any, inherited: list[Any], make_env: Callable[[], gym.Env], seeds: Sequence[int]) -> None:
     """A worker process: a `_Shard` behind a pipe, until the pipe closes."""
     for other in inherited:  # so that the pipes close with the main process, even if it is killed
         other.close()
-    for number in (signal.SIGINT, signal.SIGTERM):  # schedulers send these to all; the main process decides
-        signal.signal(number, signal.SIG_IGN)
+    ignore_signals()
     try:
         shard = _Shard(make_env, seeds)
         pipe.send(())
@@ -448,6 +453,18 @@ def write_atomically(file: Path, content: bytes) -> None:
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+def check_writable(file: Path, flag: str) -> None:
+    """Raise UserError, before any work, unless `file` can be written; makes its folder, leaves no file that was not there."""
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        there = file.exists()
+        open(file, "ab").close()
+        if not there:
+            file.unlink()
+    except OSError as error:
+        raise UserError(f"cannot write {file} ({error.strerror or line(error)}): choose another {flag}") from None
 
 
 def to_csv(fields: Sequence[str], rows: Sequence[dict[str, Any]]) -> bytes:

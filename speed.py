@@ -18,7 +18,6 @@ time with 1024 repeated policy passes. Rates are medians over the rounds, with t
 """
 
 import copy
-import csv
 import functools
 import platform
 import resource
@@ -27,6 +26,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import gymnasium as gym
 import numpy as np
@@ -38,7 +38,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import common
 import d4rl_tasks  # noqa: F401  registers the environments
+import data
 import dtql_continuous as dtql
+import stacked
 
 
 @dataclass
@@ -62,12 +64,13 @@ OBS_DIM, ACTION_DIM, ROWS = 29, 8, 1_000_000  # of the AntMaze files
 PAPER_UPDATES = 1_050_000  # 50 epochs of pretraining and 1000 of training (Table 4, locomotion)
 
 
-def random_task() -> common.Task:
+def random_task() -> data.Task:
     """An AntMaze with random transitions: what the numbers are does not change the time."""
     draw = np.random.default_rng(0).uniform
     columns = (draw(-1, 1, shape).astype(np.float32)
                for shape in ((ROWS, OBS_DIM), (ROWS, ACTION_DIM), ROWS, ROWS, (ROWS, OBS_DIM)))
-    return common.Task(*columns, lambda: gym.make(ENV_ID), lambda r: r, "return", False, "random")
+    bounds = -np.ones(ACTION_DIM, np.float32), np.ones(ACTION_DIM, np.float32)
+    return data.Task(*columns, lambda: gym.make(ENV_ID), lambda r: r, "return", False, "random", *bounds)
 
 
 # ---- the paper line by line ------------------------------------------------------------------------------------------
@@ -98,7 +101,7 @@ class PlainDenoiser(nn.Module):
 class Plain:
     """One model without any of the script's devices: modules, five optimizers, one loss after the other."""
 
-    def __init__(self, task: common.Task, batch_size: int, device: torch.device):
+    def __init__(self, task: data.Task, batch_size: int, device: torch.device):
         self.batch_size, self.device = batch_size, device
         self.data = [torch.as_tensor(column, device=device) for column in task[:5]]
         self.qs = [mlp(OBS_DIM + ACTION_DIM, 1, norm=True).to(device) for _ in range(2)]
@@ -218,7 +221,7 @@ def peak_memory(device: torch.device) -> int:
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**10 if sys.platform == "linux" else 2**20))
 
 
-def measure_training(task: common.Task, models: int, batch_size: int, rounds: int, device: torch.device) -> list[dict]:
+def measure_training(task: data.Task, models: int, batch_size: int, rounds: int, device: torch.device) -> list[dict]:
     torch.compiler.reset()
     settings = dict(num_seeds=models, batch_size=batch_size, cuda=device.type == "cuda", **PAPER)
     variants = {"eager": (False, False), "compile": (True, False)}
@@ -234,14 +237,15 @@ def measure_training(task: common.Task, models: int, batch_size: int, rounds: in
             before = torch.cuda.memory_allocated() / 2**20
         started = time.perf_counter()
         agent = dtql.DTQL(dtql.Args(**settings, compile=compiled, cudagraphs=graph), task, device)
-        functions[name] = agent.make_update(training=True)
+        update = functools.partial(agent.update, training=True)
+        functions[name] = agent.models.prepare(update, graph)
         functions[name]()
         startup[name] = round(time.perf_counter() - started, 1)
         memory[name] = round(peak_memory(device) - before) if device.type == "cuda" else peak_memory(device)
         if name == "eager":
             with Products() as products:
-                agent.update(training=True)
-    functions["products"] = common.warm_up(products.run, [], device, True) if device.type == "cuda" else products.run
+                update()
+    functions["products"] = stacked.capture(products.run) if device.type == "cuda" else products.run
     rates = in_turn(functions, rounds, device)
     rows = []
     for name, values in rates.items():
@@ -262,7 +266,7 @@ def measure_training(task: common.Task, models: int, batch_size: int, rounds: in
 PAPER = dict(env_id=ENV_ID.removeprefix("d4rl/"), nll=True, lr_decay=True, epochs=1000, steps_per_epoch=1000)
 
 
-def measure_evaluation(task: common.Task, rounds: int, device: torch.device) -> list[dict]:
+def measure_evaluation(task: data.Task, rounds: int, device: torch.device) -> list[dict]:
     """Steps per second of an AntMaze: all episodes in lock-step, against one environment at a time."""
     torch.compiler.reset()
     agents = {name: dtql.DTQL(dtql.Args(cuda=device.type == "cuda", compile=compiled, **PAPER), task, device)
@@ -271,8 +275,7 @@ def measure_evaluation(task: common.Task, rounds: int, device: torch.device) -> 
     states = np.zeros((1, 100, OBS_DIM), np.float32)
 
     def act(name: str, obs: np.ndarray) -> np.ndarray:
-        params = agents[name].params
-        return agents[name].policy.act(params["actor"], params["target_critic"], obs, generator)
+        return agents[name].best_of(agents[name].models.params, obs, generator)
 
     def report(what: str, functions: dict[str, tuple[Callable[[], object], int]]) -> list[dict]:
         rates = in_turn({name: function for name, (function, _) in functions.items()}, rounds, device)
@@ -292,21 +295,20 @@ def measure_evaluation(task: common.Task, rounds: int, device: torch.device) -> 
         f"{name}, 10 in lock-step": (lambda name=name: copies.step(everyone, act(name, states[:, :10])[0]), 10) for name in agents})
     copies.close()
     if device.type == "cuda":
-        envs = common.make_lockstep_envs(task, 0, 1, 100)
-        started = time.perf_counter()
-        common.evaluate(task, envs, functools.partial(act, "compile"), [0], 0, 100)
-        rows.append({"what": "100 AntMaze episodes", "seconds": round(time.perf_counter() - started, 1)})
+        args = dtql.Args(eval_episodes=100, **PAPER)
+        envs = common.make_lockstep_envs(task, args)
+        evaluation = common.evaluate(task, envs, lambda obs, _: act("compile", obs), args, 0, device)
+        rows.append({"what": "100 AntMaze episodes", "seconds": round(evaluation.seconds, 1)})
         envs.close()
     return rows
 
 
 def main(args: Args) -> list[dict]:
     """Measure, print and write the table; returns its rows."""
-    device = common.find_device(args.cuda, False)
-    try:  # now, not after all the measuring
-        open(args.csv, "a").close()
-    except OSError as error:
-        raise common.UserError(f"cannot write {args.csv} ({error}): choose another --csv") from None
+    for number in (*args.models, *args.batch_sizes, args.rounds):
+        common.check(1 <= number <= 10**6, f"--models, --batch-sizes and --rounds must lie in [1, 10^6], not {number}")
+    device = common.find_device(args)
+    common.check_writable(Path(args.csv), "--csv")  # now, not after all the measuring
     common.seed_everything(0, True)
     name = torch.cuda.get_device_name() if args.cuda else f"CPU, {torch.get_num_threads()} thread(s)"
     print(f"{name}, {platform.platform()}, Python {platform.python_version()}, torch {torch.__version__}")
@@ -322,10 +324,7 @@ def main(args: Args) -> list[dict]:
             report(measure_training(task, models, batch_size, args.rounds, device))
     report(measure_evaluation(task, args.rounds, device))
     columns = list(dict.fromkeys(key for row in rows for key in row))
-    with open(args.csv, "w", newline="") as file:
-        writer = csv.DictWriter(file, columns)
-        writer.writeheader()
-        writer.writerows(rows)
+    common.write_atomically(Path(args.csv), common.to_csv(columns, rows))
     return rows
 
 

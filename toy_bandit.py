@@ -10,7 +10,7 @@ One constant state, two-dimensional actions on their raw scale. The whole method
 """
 
 import copy
-import csv
+import io
 import math
 import multiprocessing
 import os
@@ -184,72 +184,111 @@ def kl_loss(real: nn.Module, fake: nn.Module, actions: Tensor, sigma: Tensor) ->
 # ---- training ------------------------------------------------------------------------------------------------------------
 
 
-def train(problem: Problem, method: Literal["diffusion", "trust region", "KL", "KL without Q"]):
-    """Train the diffusion model and the critic, then a one-step policy. Returns data, denoiser and policy."""
-    trust_region, with_q = method == "trust region", method in ("trust region", "KL")
-    size = BATCH if trust_region else KL_BATCH
-    iterations = {"diffusion": 0, "trust region": ITERATIONS, "KL": problem.kl_iterations,
-                  "KL without Q": PRETRAINING}[method]
-    # To weigh modes that lie 5 apart against each other takes noise of that size, where no Q chooses among them
-    noise = (1.0, 0.7) if method == "KL without Q" else ()
-    data = problem.sample()
-    rewards, scale = problem.reward(data), data.abs().max().item()
-    denoiser, value, critics = Denoiser(), mlp(1, 1), [mlp(2, 1, norm=True), mlp(2, 1, norm=True)]
-    state = torch.zeros(1, 1)  # the only one, and always the next one too
-    optimizers, schedules = {}, {}
+class Critic(nn.Module):
+    """IQL's critic (Eqs. 6, 7) of the one state, which is always the next one too."""
 
-    def optimise(name: str, steps: int, *nets: nn.Module, rate: float = LEARNING_RATE) -> None:
-        optimizers[name] = torch.optim.Adam([p for net in nets for p in net.parameters()], rate)
-        decay = lambda step: min(1.0, 3 * (1 - step / steps))  # over the last third, so that the noise dies down
-        schedules[name] = torch.optim.lr_scheduler.LambdaLR(optimizers[name], decay)
+    def __init__(self, bound: float):
+        """`bound`: the largest |action| of the data, beyond which Q knows nothing and only the implicit policy can go."""
+        super().__init__()
+        self.value, self.qs = mlp(1, 1), nn.ModuleList([mlp(2, 1, norm=True), mlp(2, 1, norm=True)])
+        self.bound = bound
 
-    def step(name: str, loss: Tensor) -> None:
-        optimizers[name].zero_grad()
-        loss.backward(inputs=optimizers[name].param_groups[0]["params"])
-        optimizers[name].step()
-        schedules[name].step()
+    def q(self, actions: Tensor) -> Tensor:
+        """The mean of min(Q1, Q2)."""
+        bounded = actions.clamp(-self.bound, self.bound)
+        return torch.cat([q(bounded) for q in self.qs], 1).amin(1).mean()
 
-    def train_critic(actions: Tensor, reward: Tensor) -> None:
-        v, q = value(state).squeeze(), torch.cat([critic(actions) for critic in critics], 1)
+    def loss(self, actions: Tensor, rewards: Tensor) -> Tensor:
+        v, q = self.value(torch.zeros(1, 1)).squeeze(), torch.cat([q(actions) for q in self.qs], 1)
         u = q.detach().amin(1) - v
         value_loss = ((EXPECTILE - (u < 0).float()).abs() * u**2).mean()  # Eq. 6
-        target = reward + GAMMA * v.detach()  # Eq. 7; never terminal, so that Q grows to the order of a thousand
-        step("critic", value_loss + (target[:, None] - q).square().mean(0).sum())
+        target = rewards + GAMMA * v.detach()  # Eq. 7; never terminal, so that Q grows to the order of a thousand
+        return value_loss + (target[:, None] - q).square().mean(0).sum()
 
-    if with_q:
-        optimise("critic", trust_region * PRETRAINING + iterations, value, *critics)
-    optimise("denoiser", PRETRAINING + trust_region * iterations, denoiser)
-    for _ in tqdm(range(PRETRAINING), desc=f"diffusion, {problem.title}", leave=False):
-        batch = torch.randint(len(data), (size,))
-        step("denoiser", denoising_loss(denoiser, data[batch], sample_sigma(size, *noise)))  # Eq. 2
-        if trust_region:
-            train_critic(data[batch], rewards[batch])
-    if method == "diffusion":
-        return data, denoiser, None
 
-    if trust_region:
-        policy = GaussianPolicy(1.2 * scale)  # beyond the data: at the edge tanh is flat, and nothing pulls back
-    else:
-        policy, fake = ImplicitPolicy(), copy.deepcopy(denoiser)  # theta = phi, xi = phi
-        policy.load_state_dict(denoiser.state_dict())
-        optimise("fake", FAKE_STEPS * iterations, fake)
-    optimise("policy", iterations, policy, rate=POLICY_RATE if trust_region else LEARNING_RATE)
-    for _ in tqdm(range(iterations), desc=f"{method}, {problem.title}", leave=False):
+class Trainer:
+    """Adam for a network; its rate falls to 0 over the last third of `steps`, so that the noise dies down."""
+
+    def __init__(self, net: nn.Module, steps: int, rate: float = LEARNING_RATE):
+        self.params = list(net.parameters())
+        self.optimizer = torch.optim.Adam(self.params, rate)
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda step: min(1.0, 3 * (1 - step / steps)))
+
+    def step(self, loss: Tensor) -> None:
+        self.optimizer.zero_grad()
+        loss.backward(inputs=self.params)
+        self.optimizer.step()
+        self.schedule.step()
+
+
+def start(problem: Problem) -> tuple[Tensor, Denoiser, Critic]:
+    """Data (10000, 2), the diffusion model and the critic, both untrained."""
+    data = problem.sample()
+    return data, Denoiser(), Critic(data.abs().max().item())
+
+
+def minibatches(problem: Problem, data: Tensor, iterations: int, size: int, what: str) -> Iterator[tuple[Tensor, Tensor]]:
+    """Actions (size, 2) of the data with their rewards (size,)."""
+    rewards = problem.reward(data)
+    for _ in tqdm(range(iterations), desc=f"{what}, {problem.title}", leave=False):
         batch = torch.randint(len(data), (size,))
-        actions = policy(torch.randn(size, 2))
-        if trust_region:  # Algorithm 1
-            step("denoiser", denoising_loss(denoiser, data[batch], sample_sigma(size, *noise)))
-            loss = problem.trust_region_weight * denoising_loss(denoiser, actions, sample_sigma(size, *noise))
-        else:  # Algorithm 2
-            for _ in range(FAKE_STEPS):
-                step("fake", denoising_loss(fake, policy(torch.randn(size, 2)).detach(), sample_sigma(size, *noise)))
-            loss = problem.kl_weight * kl_loss(denoiser, fake, actions, sample_sigma(size, *noise))
+        yield data[batch], rewards[batch]
+
+
+def pretrain(problem: Problem, data: Tensor, denoiser: Denoiser, trainer: Trainer, size: int, noise: tuple[float, ...] = (),
+             critic: Critic | None = None, critic_trainer: Trainer | None = None) -> None:
+    """Clone the data with the diffusion model (Eq. 2); with a critic train that too."""
+    for actions, rewards in minibatches(problem, data, PRETRAINING, size, "diffusion"):
+        trainer.step(denoising_loss(denoiser, actions, sample_sigma(size, *noise)))
+        if critic:
+            critic_trainer.step(critic.loss(actions, rewards))
+
+
+def trust_region(problem: Problem) -> tuple[Tensor, GaussianPolicy]:
+    """Algorithm 1: diffusion model, critic, and a policy held by Eq. 4. Returns the data and the policy."""
+    data, denoiser, critic = start(problem)
+    denoiser_trainer, critic_trainer = (Trainer(net, PRETRAINING + ITERATIONS) for net in (denoiser, critic))
+    pretrain(problem, data, denoiser, denoiser_trainer, BATCH, critic=critic, critic_trainer=critic_trainer)
+    policy = GaussianPolicy(1.2 * critic.bound)  # beyond the data: at the edge tanh is flat, and nothing pulls back
+    policy_trainer = Trainer(policy, ITERATIONS, POLICY_RATE)
+    for actions, rewards in minibatches(problem, data, ITERATIONS, BATCH, "trust region"):
+        own = policy(torch.randn(BATCH, 2))
+        critic_trainer.step(critic.loss(actions, rewards))  # Eqs. 6, 7
+        denoiser_trainer.step(denoising_loss(denoiser, actions, sample_sigma(BATCH)))  # Eq. 2
+        held = denoising_loss(denoiser, own, sample_sigma(BATCH))  # Eq. 4
+        policy_trainer.step(problem.trust_region_weight * held - critic.q(own))  # Eq. 5
+    return data, policy
+
+
+def kl(problem: Problem, with_q: bool) -> tuple[Tensor, ImplicitPolicy]:
+    """Algorithm 2: a policy held by Eq. 12, which takes a second diffusion model, the fake score, of the policy's actions."""
+    data, denoiser, critic = start(problem)
+    iterations = problem.kl_iterations if with_q else PRETRAINING
+    # To weigh modes that lie 5 apart against each other takes noise of that size, where no Q chooses among them
+    noise = () if with_q else (1.0, 0.7)
+    pretrain(problem, data, denoiser, Trainer(denoiser, PRETRAINING), KL_BATCH, noise)
+    policy, fake = ImplicitPolicy(), copy.deepcopy(denoiser)
+    policy.load_state_dict(denoiser.state_dict())  # theta = phi, and xi = phi
+    fake_trainer = Trainer(fake, FAKE_STEPS * iterations)
+    policy_trainer, critic_trainer = Trainer(policy, iterations), Trainer(critic, iterations)
+    for actions, rewards in minibatches(problem, data, iterations, KL_BATCH, "KL"):
+        own = policy(torch.randn(KL_BATCH, 2))
+        for _ in range(FAKE_STEPS):
+            others = policy(torch.randn(KL_BATCH, 2)).detach()
+            fake_trainer.step(denoising_loss(fake, others, sample_sigma(KL_BATCH, *noise)))
+        loss = problem.kl_weight * kl_loss(denoiser, fake, own, sample_sigma(KL_BATCH, *noise))  # Eq. 12
         if with_q:
-            train_critic(data[batch], rewards[batch])
-            bounded = actions.clamp(-scale, scale)  # Q knows nothing beyond, where only the implicit policy can go
-            loss = loss - torch.cat([critic(bounded) for critic in critics], 1).amin(1).mean()  # Eq. 5
-        step("policy", loss)
-    return data, denoiser, policy
+            critic_trainer.step(critic.loss(actions, rewards))  # Eqs. 6, 7
+            loss = loss - critic.q(own)  # Eq. 5
+        policy_trainer.step(loss)
+    return data, policy
+
+
+METHODS: dict[str, Callable[[Problem], tuple[Tensor, nn.Module]]] = {
+    "trust region": trust_region,
+    "KL": lambda problem: kl(problem, with_q=True),
+    "KL without Q": lambda problem: kl(problem, with_q=False),
+}
 
 
 # ---- counting and drawing ------------------------------------------------------------------------------------------------
@@ -288,7 +327,7 @@ def sampled(job: tuple[int, str, int]) -> tuple[Tensor, Tensor]:
     """Data of a problem and 1000 samples of the policy trained on it: (problem, method, seed)."""
     index, method, seed = job
     torch.manual_seed(seed)
-    data, _, policy = train(PROBLEMS[index], method)
+    data, policy = METHODS[method](PROBLEMS[index])
     with torch.no_grad():
         return data, policy(torch.randn(1000, 2))
 
@@ -296,7 +335,7 @@ def sampled(job: tuple[int, str, int]) -> tuple[Tensor, Tensor]:
 def sample_all(jobs: list[tuple[int, str, int]]) -> Iterator[tuple[Tensor, Tensor]]:
     """`sampled` of all jobs, one on each core: the networks are too small to share cores."""
     torch.set_num_threads(1)
-    with multiprocessing.get_context("fork").Pool(min(len(jobs), os.cpu_count())) as pool:
+    with multiprocessing.get_context("fork").Pool(min(len(jobs), os.cpu_count()), common.ignore_signals) as pool:
         yield from tqdm(pool.imap(sampled, jobs), total=len(jobs), unit="training", desc="all")
 
 
@@ -331,7 +370,8 @@ def heat_maps(report: Callable) -> plt.Figure:
     axis = torch.linspace(-16, 16, 129)
     plane = torch.cartesian_prod(axis, axis)
     for row, problem in zip(grid, (PROBLEMS[0], PROBLEMS[3])):
-        data, denoiser, _ = train(problem, "diffusion")
+        data, denoiser, _ = start(problem)
+        pretrain(problem, data, denoiser, Trainer(denoiser, PRETRAINING), KL_BATCH)
         name = "25 Gaussians" if problem.sample is gaussians else "Swiss roll"
         draw(row[0], data, "tab:green", None, name)
         near = torch.cdist(plane, data).amin(1)
@@ -351,13 +391,11 @@ def heat_maps(report: Callable) -> plt.Figure:
 
 
 def main(args: Args) -> list[dict[str, object]]:
-    """Draw the figure; prints and returns the table."""
+    """Draw the figure; prints and returns the table. Raises UserError if it cannot be written."""
+    common.check(0 <= args.seed < 2**63, f"--seed must lie in [0, 2^63), not {args.seed}")
     torch.manual_seed(args.seed)
-    out = Path(args.out_dir)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise common.UserError(f"cannot write to {out} ({error}): choose another --out-dir") from None
+    name = Path(args.out_dir) / f"figure{args.figure}_seed{args.seed}"
+    common.check_writable(name.with_suffix(".csv"), "--out-dir")
     rows: list[dict[str, object]] = []
 
     def report(method: str, problem: str, numbers: dict[str, float]) -> None:
@@ -370,12 +408,10 @@ def main(args: Args) -> list[dict[str, object]]:
         figure = coverage(args.seed, report)
     else:
         figure = comparison([0, 4] if args.figure == 3 else [0, 1, 2, 3, 4], args.seed, report)
-    name = out / f"figure{args.figure}_seed{args.seed}"
-    figure.savefig(name.with_suffix(".png"), dpi=110)
-    with open(name.with_suffix(".csv"), "w", newline="") as file:
-        writer = csv.DictWriter(file, list(dict.fromkeys(key for row in rows for key in row)))
-        writer.writeheader()
-        writer.writerows(rows)
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", dpi=110)
+    common.write_atomically(name.with_suffix(".png"), picture.getvalue())
+    common.write_atomically(name.with_suffix(".csv"), common.to_csv(list(dict.fromkeys(key for row in rows for key in row)), rows))
     print(f"{name}.png, {name}.csv")
     return rows
 
