@@ -41,7 +41,7 @@ class Args(common.Args):
     """standardise observations; DTQL does not"""
     learning_rate: float = 3e-4
     """of the policy"""
-    sampling_steps: int = 10
+    sampling_steps: int = 18
     """steps of the ODE solver that samples the diffusion policy"""
     epochs: int = 3
     """training epochs"""

@@ -16,6 +16,7 @@ import platform
 import shutil
 import signal
 import sys
+import threading
 import time
 import typing
 import warnings
@@ -218,17 +219,12 @@ class _Shard:
             env.close()
 
 
-def ignore_signals() -> None:
-    """In a worker process: schedulers and terminals send signals to all processes, but the main one decides."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
-
-
 def _serve(pipe: Any, inherited: list[Any], make_env: Callable[[], gym.Env], seeds: Sequence[int]) -> None:
     """A worker process: a `_Shard` behind a pipe, until the pipe closes."""
     for other in inherited:  # so that the pipes close with the main process, even if it is killed
         other.close()
-    ignore_signals()
+    for number in (signal.SIGINT, signal.SIGTERM):  # terminals and schedulers send these to all; the main process decides
+        signal.signal(number, signal.SIG_IGN)
     try:
         shard = _Shard(make_env, seeds)
         pipe.send(())
@@ -645,6 +641,7 @@ class Run:
         global _stop_signal
         _stop_signal = 0
         self._handlers = {number: signal.signal(number, request_stop) for number in (signal.SIGINT, signal.SIGTERM)}
+        self._excepthook, threading.excepthook = threading.excepthook, self._on_thread_error
         # A killed run may have logged beyond its last checkpoint: those events are dropped
         self.writer = SummaryWriter(str(self.dir), purge_step=self.step + 1 if self.step else None)
         self.progress = progress_bar(total=self.total_steps, initial=self.step, unit="update", smoothing=0.05)
@@ -658,6 +655,7 @@ class Run:
             self.writer.close()
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
+        threading.excepthook = self._excepthook
         stopped, _stop_signal = _stop_signal, 0
         try:
             if kind is Interrupted and stopped:
@@ -668,6 +666,10 @@ class Run:
                                 f"{self.saved_step} is good: make room and continue with --resume {self.dir}") from None
         finally:
             self._lock_file.close()
+
+    def _on_thread_error(self, error: Any) -> None:
+        if not issubclass(error.exc_type, OSError):  # TensorBoard's thread: the next event raises it again, here
+            self._excepthook(error)
 
     @property
     def epoch(self) -> int:

@@ -203,3 +203,51 @@ for _id, _task in TASKS.items():
         if _name not in gym.registry:
             gym.register(_name, _task.entry_point, max_episode_steps=_task.limit, kwargs=_task.kwargs,
                          disable_env_checker=True)
+
+
+_PAGE = """# Tasks
+
+<!-- Written by `python d4rl_tasks.py > docs/tasks.md`. -->
+
+| what | id | data | environment |
+|---|---|---|---|
+| D4RL | `hopper-medium-v2`, the 26 ids below | D4RL's file in `$D4RL_DATASET_DIR` (else `~/.d4rl/datasets`), downloaded if it is missing; `$D4RL_BASE_URL` names another server | D4RL's, rebuilt on Gymnasium: this page |
+| Minari | `D4RL/pen/human-v2`, any id with a slash | where Minari keeps it (`$MINARI_DATASETS_PATH`), downloaded if it is missing | the data set's own |
+| demo | `dtql/pointmaze-umaze-v0` | collected in a minute by a scripted controller | gymnasium-robotics' PointMaze |
+
+A D4RL id always means D4RL's file and D4RL's environment, a Minari id Minari's data and its own environment: scores of the two are
+not comparable. `import d4rl_tasks` registers every D4RL id twice: `d4rl/<id>`, always the environment of this project, and `<id>`
+itself, unless somebody else holds that name.
+
+## The paper's 26 D4RL tasks
+
+Score = 100 (return - lower reference) / (upper - lower).
+
+{rows}
+
+* **AntMaze** is D4RL's: time step 0.02 s, motors of 30 N m, its contacts, its frame (start cell at the origin, y along the rows of
+  the map), a goal that is not observed, no end when the ant falls. gymnasium-robotics' AntMaze has another physics and a
+  mirrored frame. The v0 files have timeouts that are out of step with the real ends of episodes (mended in v2); they are used as
+  they are, since the paper did so. v0 draws its goal once per environment instance, v2 at every reset.
+* **Kitchen**: the robot's observation noise is D4RL's 0.1. **Locomotion** is Gymnasium's v4; v5 changes physics and rewards.
+* Minari's AntMaze data goes on at the goal: each episode is cut at its first success, terminal there, and evaluated in an
+  environment that ends there.
+"""
+
+
+def _page() -> str:
+    """docs/tasks.md."""
+    head = ("id", "file", "environment", "steps", "reference returns", "nearest Minari data", "why that is not the same")
+    environments = {"halfcheetah": "`HalfCheetah-v4`", "hopper": "`Hopper-v4`", "walker2d": "`Walker2d-v4`",
+                    "antmaze": "`AntMazeEnv`, D4RL's physics and frame", "pen": "`AdroitHandPen-v1`, ends when dropped",
+                    "kitchen": "`FrankaKitchen-v1`, 60-d observation"}
+    rows = [head, ["---"] * len(head)]
+    for name, task in TASKS.items():
+        rows.append((f"`{name}`", f"`{task.file}`", environments[name.split("-")[0]], task.limit,
+                     f"{task.min_score:g} to {task.max_score:g}", f"`{task.minari}`" if task.minari else "none",
+                     task.difference or "-"))
+    return _PAGE.format(rows="\n".join(f"| {' | '.join(map(str, row))} |" for row in rows))
+
+
+if __name__ == "__main__":
+    print(_page(), end="")

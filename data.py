@@ -3,6 +3,7 @@
 import contextlib
 import difflib
 import functools
+import http.client
 import os
 import re
 import shutil
@@ -77,13 +78,16 @@ def load_task(env_id: str) -> Task:
 
     Raises UserError for an unknown id and for data that is missing, broken or does not fit the environment.
     """
-    return _check_and_scale(_load_minari(env_id) if d4rl_id(env_id) != env_id else _load_d4rl(env_id))
+    if d4rl_id(env_id) == env_id:
+        return _check_and_scale(_load_d4rl(env_id))
+    with _temporary_files_removed():
+        return _check_and_scale(_load_minari(env_id))
 
 
 def _check_and_scale(task: Task) -> Task:
     """Refuse data that cannot be trained on; scale actions from the environment's bounds to [-1, 1]."""
     check(len(task.obs) > 0, f"{task.origin} holds no transitions: give a complete data set")
-    for name in ("obs", "actions", "rewards", "next_obs"):
+    for name in ("obs", "actions", "rewards", "terminals", "next_obs"):
         check(bool(np.isfinite(getattr(task, name)).all()),
               f"{task.origin} holds NaN or infinite {name}: repair the data or fetch it again")
     env = task.make_env()
@@ -143,15 +147,22 @@ def d4rl_transitions(file: Path, limit: int) -> dict[str, np.ndarray]:
     try:
         with h5py.File(file) as data:
             keys = {"observations": 2, "actions": 2, "rewards": 1, "terminals": 1}
-            arrays = {key: data[key][:] for key in (*keys, "timeouts") if key in data}
-    except (OSError, RuntimeError, TypeError, ValueError, AttributeError) as error:
-        raise UserError(f"{file} is not a complete HDF5 file ({line(error)}): delete it to download it again") from None
+            arrays = {key: np.asarray(data[key][:]) for key in (*keys, "timeouts") if data.get(key, getlink=True) is not None}
+            for key, array in arrays.items():
+                check(array.dtype.kind in "buif", f"{file}: {key} are not numbers ({array.dtype}): this is not D4RL's format")
+    except UserError:
+        raise
+    except Exception as error:  # h5py raises many kinds on wrong bytes
+        raise UserError(f"{file} is not a complete HDF5 file ({line(error)[:200]}): delete it to download it again") from None
     missing = [key for key in keys if key not in arrays]
     check(not missing, f"{file} lacks the key(s) {', '.join(missing)}: delete it to download it again")
     for key, dimensions in keys.items():
         check(arrays[key].ndim == dimensions and len(arrays[key]) == len(arrays["observations"]),
               f"{file}: {key} has shape {arrays[key].shape}, which does not fit observations "
               f"{arrays['observations'].shape}: this is not D4RL's format")
+    for key in arrays.keys() & {"terminals", "timeouts"}:
+        check(bool(np.isin(arrays[key], (0, 1)).all()),
+              f"{file}: {key} hold something else than 0 and 1: repair the data or delete it to download it again")
     terminals = arrays["terminals"].astype(bool)
     if "timeouts" in arrays:
         final = arrays["timeouts"].astype(bool)
@@ -173,13 +184,21 @@ def d4rl_transitions(file: Path, limit: int) -> dict[str, np.ndarray]:
     }
 
 
+def _folder(variable: str, below_home: str) -> Path:
+    """The folder that an environment variable names, else one in the user's home. Raises UserError if there is neither."""
+    try:
+        return Path(os.environ.get(variable) or Path.home() / below_home)
+    except RuntimeError:
+        raise UserError(f"there is no home folder here: name a folder for the data in {variable}") from None
+
+
 def _make_d4rl_env(env_id: str) -> gym.Env:
     return gym.make(gym.spec(f"d4rl/{env_id}"))  # a spec, because gym.make(id) warns that v2 is newer than v0
 
 
 def _load_d4rl(env_id: str) -> Task:
     row = d4rl_tasks.TASKS[env_id]
-    folder = Path(os.environ.get("D4RL_DATASET_DIR") or Path.home() / ".d4rl" / "datasets")
+    folder = _folder("D4RL_DATASET_DIR", ".d4rl/datasets")
     file = folder / row.file
     if not file.exists():
         base = os.environ.get("D4RL_BASE_URL", "http://rail.eecs.berkeley.edu/datasets/offline_rl/")
@@ -215,8 +234,9 @@ def download(url: str, file: Path, advice: str) -> None:
             raise OSError(f"{part.stat().st_size} of {size} bytes arrived")
         h5py.File(part).close()
         part.replace(file)
-    except (OSError, ValueError) as error:  # URLError, timeouts and "not HDF5" are all OSErrors
-        raise UserError(f"cannot download {url} ({line(error)}). {advice}") from None
+    # URLError, timeouts and "not HDF5" are OSErrors; what is no HTTP, or no address, is one of the others
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        raise UserError(f"cannot download {url} ({line(error)[:200]}). {advice}") from None
     finally:
         part.unlink(missing_ok=True)
 
@@ -268,12 +288,14 @@ def _load_minari(env_id: str) -> Task:
             parts["rewards"].append(episode.rewards[:length])
             parts["terminals"].append(terminals[:length])
             parts["next_obs"].append(obs[1 : length + 1])
-    except (OSError, KeyError, ValueError, AttributeError) as error:
-        raise UserError(f"{env_id} in {_minari_root()} is damaged ({line(error)}): delete it and fetch it again") from None
+    except Exception as error:  # h5py and Minari raise many kinds on wrong bytes
+        raise UserError(f"{env_id} in {_minari_root()} is damaged ({line(error)[:200]}): delete it and fetch it again") from None
     check(bool(parts["obs"]), f"{env_id} holds no transitions: give a complete data set")
 
     low, high = (dataset.storage.metadata.get(f"ref_{bound}_score") for bound in ("min", "max"))
     known = low is not None and high is not None
+    check(not known or bool(np.isfinite([low, high]).all()) and low < high,
+          f"{env_id}: its reference scores, {low} and {high}, give no scale: repair its metadata, or take them out")
     return Task(
         **{name: np.concatenate(arrays).astype(np.float32) for name, arrays in parts.items()},
         make_env=make_env,
@@ -287,7 +309,7 @@ def _load_minari(env_id: str) -> Task:
 
 
 def _minari_root() -> Path:
-    return Path(os.environ.get("MINARI_DATASETS_PATH") or Path.home() / ".minari" / "datasets")
+    return _folder("MINARI_DATASETS_PATH", ".minari/datasets")
 
 
 @contextlib.contextmanager
@@ -311,7 +333,19 @@ def _staged_minari(env_id: str) -> Iterator[None]:
 
 
 def _make_minari_env(name: str, spec: gym.envs.registration.EnvSpec, options: dict[str, Any]) -> gym.Env:
-    return _check_env(gym.make(spec, **options), name)
+    with _temporary_files_removed():
+        return _check_env(gym.make(spec, **options), name)
+
+
+@contextlib.contextmanager
+def _temporary_files_removed() -> Iterator[None]:
+    """gymnasium-robotics' mazes write their model to the temporary folder and leave it there."""
+    before = tempfile.tempdir
+    with tempfile.TemporaryDirectory() as tempfile.tempdir:
+        try:
+            yield
+        finally:
+            tempfile.tempdir = before
 
 
 def _flatten(space: gym.Space, rows: Any) -> np.ndarray:

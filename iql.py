@@ -50,7 +50,7 @@ class Args(common.Args):
     """discount factor"""
     tau: float = 0.005
     """step of the target Qs towards the online Qs"""
-    epochs: int = 20
+    epochs: int = 12
     """training epochs"""
 
 

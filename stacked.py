@@ -266,11 +266,11 @@ class Learner:
                 error = (losses - reference).abs().max().item()
                 raise RuntimeError(f"its first losses differ from the eager update's by up to {error:.2g}")
         except Exception as error:
-            common.check_stop()
             flags = " and ".join(flag for flag, used in (("--compile", compile), ("--cudagraphs", graph)) if used)
             note(f"going on without {flags}: the update made ready does not work here ({common.line(error)[:300]})")
             fast, self.compile = update, False
-        put_back()
+        finally:
+            put_back()
         tqdm.write(f"update made ready in {time.perf_counter() - started:.0f} s", file=sys.stderr)
         return fast
 
@@ -322,6 +322,8 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
         global _compiler_failed
         nonlocal works
         if works or works is None and not _compiler_failed:
+            if works is None:
+                common.check_stop()  # compiling takes a while
             try:
                 result = fast(*inputs)
                 works = True

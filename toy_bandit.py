@@ -14,6 +14,7 @@ import io
 import math
 import multiprocessing
 import os
+import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -332,10 +333,16 @@ def sampled(job: tuple[int, str, int]) -> tuple[Tensor, Tensor]:
         return data, policy(torch.randn(1000, 2))
 
 
+def quiet_worker() -> None:
+    """Ctrl-C is for the main process, which ends its workers by SIGTERM."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
 def sample_all(jobs: list[tuple[int, str, int]]) -> Iterator[tuple[Tensor, Tensor]]:
     """`sampled` of all jobs, one on each core: the networks are too small to share cores."""
     torch.set_num_threads(1)
-    with multiprocessing.get_context("fork").Pool(min(len(jobs), os.cpu_count()), common.ignore_signals) as pool:
+    with multiprocessing.get_context("fork").Pool(min(len(jobs), os.cpu_count()), quiet_worker) as pool:
         yield from tqdm(pool.imap(sampled, jobs), total=len(jobs), unit="training", desc="all")
 
 

@@ -7,11 +7,12 @@ import sys
 
 import common
 import d4rl_tasks
+import data
 import gymnasium as gym
 import numpy as np
 import pytest
 from common import UserError
-from conftest import ROOT, make_args, write_d4rl
+from helpers import ROOT, make_args, write_d4rl
 from d4rl_tasks import TASKS
 
 import dtql_continuous as dtql
@@ -296,7 +297,7 @@ def test_a_file_of_another_task_is_refused_by_name(tmp_path, monkeypatch):
     monkeypatch.setenv("D4RL_DATASET_DIR", str(tmp_path))
     file = write_d4rl(tmp_path / TASKS["kitchen-mixed-v0"].file, obs_dim=59, action_dim=9)
     with pytest.raises(UserError, match="data of another task") as error:
-        common.load_task("kitchen-mixed-v0")
+        data.load_task("kitchen-mixed-v0")
     assert str(file) in str(error.value)
 
 

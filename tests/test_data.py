@@ -7,12 +7,14 @@ from pathlib import Path
 
 import common
 import d4rl_tasks
+import data
 import gymnasium as gym
 import minari
 import numpy as np
 import pytest
+import torch
 from common import UserError
-from conftest import make_args, write_d4rl
+from helpers import make_args, make_task, write_d4rl
 
 import dtql_continuous as dtql
 
@@ -25,20 +27,20 @@ def hand_made(tmp_path: Path, rows: int, terminals=(), timeouts=None) -> dict[st
     file = write_d4rl(tmp_path / "file.hdf5", rows, observations=np.arange(rows, dtype=np.float32)[:, None],
                       rewards=np.arange(rows, dtype=np.float32), terminals=marks(terminals),
                       timeouts=None if timeouts is None else marks(timeouts))
-    return common.d4rl_transitions(file, limit=4)
+    return data.d4rl_transitions(file, limit=4)
 
 
 def test_rows_at_timeouts_are_dropped_even_if_terminal(tmp_path):
-    data = hand_made(tmp_path, 8, terminals=[1, 5], timeouts=[3, 5])
-    assert data["obs"][:, 0].tolist() == [0, 1, 2, 4, 6]  # not 3 and 5 (timeouts), nor 7 (the last row)
-    assert data["next_obs"][:, 0].tolist() == [1, 2, 3, 5, 7]
-    assert data["terminals"].tolist() == [0, 1, 0, 0, 0]
-    assert data["rewards"].tolist() == [0, 1, 2, 4, 6]
+    arrays = hand_made(tmp_path, 8, terminals=[1, 5], timeouts=[3, 5])
+    assert arrays["obs"][:, 0].tolist() == [0, 1, 2, 4, 6]  # not 3 and 5 (timeouts), nor 7 (the last row)
+    assert arrays["next_obs"][:, 0].tolist() == [1, 2, 3, 5, 7]
+    assert arrays["terminals"].tolist() == [0, 1, 0, 0, 0]
+    assert arrays["rewards"].tolist() == [0, 1, 2, 4, 6]
 
 
 def test_without_timeouts_episodes_are_cut_at_the_limit(tmp_path):
-    data = hand_made(tmp_path, 10)
-    assert data["obs"][:, 0].tolist() == [0, 1, 2, 4, 5, 6, 8]  # steps 3 and 7 are final at a limit of 4
+    arrays = hand_made(tmp_path, 10)
+    assert arrays["obs"][:, 0].tolist() == [0, 1, 2, 4, 5, 6, 8]  # steps 3 and 7 are final at a limit of 4
 
 
 def test_without_timeouts_steps_are_counted_as_d4rl_does(tmp_path):
@@ -58,14 +60,14 @@ def test_without_timeouts_steps_are_counted_as_d4rl_does(tmp_path):
 
 
 def test_terminal_at_the_end_of_the_file_is_never_used(tmp_path):
-    data = hand_made(tmp_path, 3, terminals=[2], timeouts=[])
-    assert data["obs"][:, 0].tolist() == [0, 1] and data["terminals"].tolist() == [0, 0]
-    data = hand_made(tmp_path, 3, terminals=[1], timeouts=[])
-    assert data["terminals"].tolist() == [0, 1]
+    arrays = hand_made(tmp_path, 3, terminals=[2], timeouts=[])
+    assert arrays["obs"][:, 0].tolist() == [0, 1] and arrays["terminals"].tolist() == [0, 0]
+    arrays = hand_made(tmp_path, 3, terminals=[1], timeouts=[])
+    assert arrays["terminals"].tolist() == [0, 1]
 
 
 def test_d4rl_scores(hopper):
-    score = common.load_task("hopper-medium-v2").score
+    score = data.load_task("hopper-medium-v2").score
     np.testing.assert_allclose(score(np.array([-20.272305, 3234.3])), [0, 100])
 
 
@@ -88,20 +90,20 @@ def test_d4rl_scores(hopper):
 def test_bad_files_are_refused_by_name(hopper, changes, message):
     write_d4rl(hopper, **changes)
     with pytest.raises(UserError, match=message) as error:
-        common.load_task("hopper-medium-v2")
+        data.load_task("hopper-medium-v2")
     assert str(hopper) in str(error.value) and "\n" not in str(error.value)
 
 
 def test_truncated_hdf5_is_refused(hopper):
     hopper.write_bytes(hopper.read_bytes()[: hopper.stat().st_size // 2])
     with pytest.raises(UserError, match="not a complete HDF5 file"):
-        common.load_task("hopper-medium-v2")
+        data.load_task("hopper-medium-v2")
 
 
 def test_missing_file_without_network_says_where_to_put_it(hopper):
     hopper.unlink()
     with pytest.raises(UserError, match=f"put {hopper.name} into {hopper.parent}"):
-        common.load_task("hopper-medium-v2")
+        data.load_task("hopper-medium-v2")
     assert list(hopper.parent.iterdir()) == []
 
 
@@ -132,10 +134,10 @@ def test_download(hopper, monkeypatch):
     hopper.unlink()
     server = Server(content)
     monkeypatch.setenv("D4RL_BASE_URL", server.url)
-    task = common.load_task("hopper-medium-v2")
+    task = data.load_task("hopper-medium-v2")
     assert len(task.obs) == 600 - 1 - 11 and hopper.read_bytes() == content
     assert server.paths == [f"/base/{HOPPER.path}"]
-    common.load_task("hopper-medium-v2")
+    data.load_task("hopper-medium-v2")
     assert len(server.paths) == 1  # the second time it is there
     server.server.shutdown()
 
@@ -148,14 +150,14 @@ def test_bad_downloads_leave_nothing(hopper, monkeypatch, kind):
               "empty": Server(b"")}[kind]
     monkeypatch.setenv("D4RL_BASE_URL", server.url)
     with pytest.raises(UserError, match="cannot download"):
-        common.load_task("hopper-medium-v2")
+        data.load_task("hopper-medium-v2")
     assert list(hopper.parent.iterdir()) == []
     server.server.shutdown()
 
 
 def test_unknown_task_suggests_near_ones():
     with pytest.raises(UserError, match="did you mean hopper-medium-v2"):
-        common.load_task("hopper-medum-v2")
+        data.load_task("hopper-medum-v2")
 
 
 # ---- Minari ----------------------------------------------------------------------------------------------------------
@@ -180,7 +182,7 @@ def collect(monkeypatch, tmp_path: Path, env: gym.Env, name: str, steps: int = 2
 def test_minari_transitions(monkeypatch, tmp_path):
     episodes = collect(monkeypatch, tmp_path, gym.make("Pendulum-v1", max_episode_steps=30), "test/pendulum-v0",
                        ref_min_score=-1000.0, ref_max_score=0.0)
-    task = common.load_task("test/pendulum-v0")
+    task = data.load_task("test/pendulum-v0")
     assert len(task.obs) == 200  # no step is dropped
     np.testing.assert_allclose(task.next_obs[29], episodes[0].observations[30], rtol=1e-6)
     np.testing.assert_allclose(task.obs[30], episodes[1].observations[0], rtol=1e-6)
@@ -198,7 +200,7 @@ def test_maze_episodes_end_at_their_first_success(monkeypatch, tmp_path):
     episodes = collect(monkeypatch, tmp_path, env, "test/maze-v0", 120, ref_min_score=0.0, ref_max_score=1.0)
     lengths = [int(np.argmax(episode.rewards > 0)) + 1 for episode in episodes]
     assert all(length < 60 for length in lengths) and episodes[0].rewards.sum() > 1  # it did go on
-    task = common.load_task("test/maze-v0")
+    task = data.load_task("test/maze-v0")
     assert len(task.obs) == sum(lengths) and task.sparse_goal
     assert np.flatnonzero(task.terminals).tolist() == (np.cumsum(lengths) - 1).tolist()
     assert task.rewards.sum() == len(episodes)
@@ -220,12 +222,12 @@ def test_maze_episodes_end_at_their_first_success(monkeypatch, tmp_path):
 def test_discrete_actions_are_refused(monkeypatch, tmp_path):
     collect(monkeypatch, tmp_path, gym.make("CartPole-v1"), "test/cartpole-v0", 50, ref_min_score=0.0, ref_max_score=1.0)
     with pytest.raises(UserError, match="bounded vector"):
-        common.load_task("test/cartpole-v0")
+        data.load_task("test/cartpole-v0")
 
 
 def test_a_data_set_without_reference_scores_reports_returns(monkeypatch, tmp_path):
     collect(monkeypatch, tmp_path, gym.make("Pendulum-v1"), "test/plain-v0", 210, num_episodes_average_score=1)
-    task = common.load_task("test/plain-v0")
+    task = data.load_task("test/plain-v0")
     assert task.score_name == "return" and task.score(np.array([3.0])) == 3.0
 
 
@@ -237,7 +239,7 @@ def test_unreachable_minari_data_set(monkeypatch, tmp_path):
 
     monkeypatch.setattr(minari, "download_dataset", no_network)
     with pytest.raises(UserError, match="no network at all") as error:
-        common.load_task("D4RL/pen/human-v2")
+        data.load_task("D4RL/pen/human-v2")
     assert "\n" not in str(error.value) and list(tmp_path.iterdir()) == []
 
 
@@ -246,14 +248,14 @@ def test_damaged_minari_data_set(monkeypatch, tmp_path):
     file = next((tmp_path / "minari" / "test" / "broken-v0").rglob("*.hdf5"))
     file.write_bytes(file.read_bytes()[:1000])
     with pytest.raises(UserError):
-        common.load_task("test/broken-v0")
+        data.load_task("test/broken-v0")
 
 
 def test_demo_data(monkeypatch, tmp_path):
     """A shorter collection: whole or absent, evaluated from the other end of the U, scored by success."""
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
-    monkeypatch.setattr(common, "DEMO_STEPS", 3000)
-    task = common.load_task(common.DEMO_ID)
+    monkeypatch.setattr(data, "DEMO_STEPS", 3000)
+    task = data.load_task(data.DEMO_ID)
     assert task.sparse_goal and len(task.obs) >= 3000 and np.abs(task.actions).max() <= 1
     assert [path.name for path in tmp_path.iterdir()] == ["dtql"]  # no leftovers
     assert task.score(np.array([1.0])) == 100
@@ -268,7 +270,7 @@ def test_interrupted_collection_leaves_nothing(monkeypatch, tmp_path):
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
     monkeypatch.setattr(minari.DataCollector, "step", functools.partial(lambda *_: (_ for _ in ()).throw(KeyboardInterrupt)))
     with pytest.raises(KeyboardInterrupt):
-        common.load_task(common.DEMO_ID)
+        data.load_task(data.DEMO_ID)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -276,7 +278,7 @@ def test_rewards_of_antmaze_are_shifted(tmp_path, monkeypatch):
     monkeypatch.setenv("D4RL_DATASET_DIR", str(tmp_path))
     file = d4rl_tasks.TASKS["antmaze-umaze-v0"].file
     write_d4rl(tmp_path / file, obs_dim=29, action_dim=8, rewards=(np.arange(600) % 7 == 6).astype(np.float32))
-    task = common.load_task("antmaze-umaze-v0")
-    agent = dtql.DTQL(make_args(tmp_path), task, common.find_device(False, False))
-    np.testing.assert_array_equal(agent.data[:, 29 + 8].numpy(), task.rewards - 1)
+    task = data.load_task("antmaze-umaze-v0")
+    agent = dtql.DTQL(make_args(tmp_path), task, torch.device("cpu"))
+    np.testing.assert_array_equal(agent.data.rows[:, 29 + 8].numpy(), task.rewards - 1)
     assert set(task.rewards) == {0.0, 1.0}

@@ -9,9 +9,8 @@ import kl_distill
 import numpy as np
 import pytest
 import torch
-from conftest import command, make_args
-from test_math import assert_learning_rates_follow_the_cosine, assert_updates_agree, make_agent, run_updates
-from test_training import params_of, rows_of, whole_and_resumed
+from helpers import (assert_learning_rates_follow_the_cosine, assert_updates_agree, command, make_agent, make_args, params_of,
+                     prepared, rows_of, run_updates, whole_and_resumed)
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -37,12 +36,12 @@ def test_captured_compiled_and_eager_updates_agree(module, changes):
 @pytest.mark.parametrize("compiled", [False, True])
 def test_noise_differs_from_replay_to_replay(compiled):
     agent = make_agent(device="cuda", compile=compiled, cudagraphs=True)
-    update, state = agent.make_update(training=True), copy.deepcopy(agent.state_dict())
+    update, state = prepared(agent, training=True), copy.deepcopy(agent.models.state_dict())
     losses = []
     for _ in range(3):
-        agent.load_state_dict(state)
+        agent.models.load_state_dict(state)
         update()
-        losses.append(agent.sums.clone())
+        losses.append(torch.stack(list(agent.models.sums.values())[:-2]).clone())
     assert not any(torch.isclose(losses[i], losses[j], rtol=1e-4).any() for i, j in ((0, 1), (0, 2), (1, 2)))
 
 
@@ -52,9 +51,9 @@ def test_the_graph_follows_the_learning_rate():
 
 def test_making_an_update_ready_changes_nothing():
     agent = make_agent(2, device="cuda", cudagraphs=True)
-    before, random_state = copy.deepcopy(agent.state_dict()), torch.cuda.get_rng_state()
-    agent.make_update(training=True)
-    torch.testing.assert_close(agent.state_dict(), before, rtol=0, atol=0)
+    before, random_state = copy.deepcopy(agent.models.state_dict()), torch.cuda.get_rng_state()
+    prepared(agent, training=True)
+    torch.testing.assert_close(agent.models.state_dict(), before, rtol=0, atol=0)
     assert torch.equal(torch.cuda.get_rng_state(), random_state)
 
 
@@ -93,14 +92,15 @@ def test_gpu_and_cpu_choose_alike(policy, compiled):
     settings = dict(num_seeds=2, obs_dim=11, action_dim=3, policy=policy, nll=False)
     cpu = make_agent(**settings)
     gpu = make_agent(**settings, device="cuda", compile=compiled)
-    gpu.load_state_dict(cpu.state_dict())
+    gpu.models.load_state_dict(cpu.models.state_dict())
     torch.manual_seed(0)
     arguments = torch.randn(2, 5, 11), torch.randn(2, 5, 256, 3), -torch.log(torch.empty(2, 5, 256).exponential_())
     actions = []
     for agent in (cpu, gpu):
         inputs = [x.to(agent.device) for x in arguments]
         with torch.no_grad():
-            actions.append(agent.policy.choose(agent.params["actor"], agent.params["target_critic"], *inputs).cpu())
+            p = {network: agent.models.params[network] for network in agent.best_of.networks}
+            actions.append(agent.best_of.choose(p, *inputs).cpu())
     torch.testing.assert_close(actions[1], actions[0], rtol=1e-3, atol=1e-4)
 
 
@@ -111,4 +111,4 @@ def test_a_run_says_nothing_but_its_own(hopper, tmp_path):
                 "--compile", "--cudagraphs", "--run-dir", tmp_path / "runs"), capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
     assert "Warning" not in result.stderr, result.stderr
-    assert common.load_checkpoint(next((tmp_path / "runs").iterdir()) / "checkpoint.pt")["step"] == 200
+    assert common.open_checkpoint(next((tmp_path / "runs").iterdir()) / "checkpoint.pt")["step"] == 200

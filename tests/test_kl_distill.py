@@ -1,21 +1,13 @@
 """The KL-regularised variant: its gradient against Gaussians, distillation of a known mixture, and its kinship."""
 
 import difflib
-import os
-import subprocess
-import time
 
-import common
-import dtql_continuous
-import gymnasium as gym
 import kl_distill
 import numpy as np
 import pytest
 import torch
 from common import UserError
-from conftest import ROOT, TINY, command, make_args
-from test_math import make_agent
-from test_training import assert_same_end, wait_for_checkpoint
+from helpers import ROOT, TINY, make_agent, make_args, make_task, run_script
 
 
 def gaussian_denoiser(mean: float, std: float):
@@ -52,14 +44,11 @@ def test_weight_has_a_floor():
 @pytest.fixture(scope="module")
 def distilled() -> np.ndarray:
     """Samples of a policy distilled, without any Q, from data at -0.6 (30 %) and 0.5 (70 %)."""
-    class Env(gym.Env):
-        observation_space, action_space = gym.spaces.Box(-1, 1, (1,)), gym.spaces.Box(-1.0, 1.0, (1,))
-
     rng = np.random.default_rng(0)
     n = 4000
     actions = np.where(rng.random(n) < 0.3, -0.6, 0.5)[:, None] + 0.03 * rng.standard_normal((n, 1))
     zeros = np.zeros((n, 1), np.float32)
-    task = common.Task(zeros, actions.astype(np.float32), zeros[:, 0], zeros[:, 0], zeros, Env, lambda x: x, "return", False, "")
+    task = make_task(zeros, actions, zeros[:, 0], zeros[:, 0], zeros)
     args = kl_distill.Args(**{**TINY, "q": False, "learning_rate": 1e-3, "batch_size": 256})
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(kl_distill, "HIDDEN", 128)  # enough here, and faster
@@ -69,9 +58,9 @@ def distilled() -> np.ndarray:
     agent.start_training()
     for _ in range(1500):
         agent.update(training=True)
-    actor = {name: param[0].detach() for name, param in agent.params["actor"].items()}
+    p = {"actor": {name: param[0].detach() for name, param in agent.models.params["actor"].items()}}
     with torch.no_grad():
-        return agent.policy.sample(actor, torch.zeros(5000, 1), torch.randn(5000, 1)).numpy()[:, 0]
+        return agent.sample(p, torch.zeros(5000, 1), torch.randn(5000, 1)).numpy()[:, 0]
 
 
 def test_distillation_recovers_both_modes_in_proportion(distilled):
@@ -83,63 +72,37 @@ def test_distillation_recovers_both_modes_in_proportion(distilled):
 def test_start_of_training_copies_the_diffusion_model():
     agent = make_agent(module=kl_distill)
     agent.update(training=False)
-    before = agent.params["denoiser"]["input.weight"].detach().clone()
+    before = agent.models.params["denoiser"]["net.0.weight"].detach().clone()
     agent.start_training()
     for network in ("actor", "fake"):
-        for name, param in agent.params["denoiser"].items():
-            assert torch.equal(agent.params[network][name], param)
+        for name, param in agent.models.params["denoiser"].items():
+            assert torch.equal(agent.models.params[network][name], param)
     agent.update(training=True)
-    assert torch.equal(agent.params["denoiser"]["input.weight"], before)  # fixed from here on
+    assert torch.equal(agent.models.params["denoiser"]["net.0.weight"], before)  # fixed from here on
     for network in ("actor", "fake", "critic", "value", "target_critic"):
-        name = next(iter(agent.params[network]))
-        assert not torch.equal(agent.params[network][name], agent.params["denoiser"].get(name, before))
+        name = next(iter(agent.models.params[network]))
+        assert not torch.equal(agent.models.params[network][name], agent.models.params["denoiser"].get(name, before))
 
 
 def test_no_q_trains_no_critic():
     agent = make_agent(module=kl_distill, q=False)
-    critic = {name: param.detach().clone() for name, param in agent.params["critic"].items()}
+    critic = {name: param.detach().clone() for name, param in agent.models.params["critic"].items()}
     for training in (False, True):
         agent.update(training=training)
-    assert all(torch.equal(param, critic[name]) for name, param in agent.params["critic"].items())
+    assert all(torch.equal(param, critic[name]) for name, param in agent.models.params["critic"].items())
 
 
 def test_the_diff_shows_the_two_methods_and_nothing_else():
     files = [(ROOT / name).read_text().splitlines() for name in ("dtql_continuous.py", "kl_distill.py")]
     diff = [line for line in difflib.unified_diff(*files, n=0) if line[0] in "+-" and line[:3] not in ("+++", "---")]
-    assert len(diff) < 190
-    assert {line.split("(")[0] for line in files[0] if line.startswith("def ")} - {line.split("(")[0] for line in files[1]} == {
-        "def gaussian_nll"
-    }
-
-
-FLAGS = ["--env-id=hopper-medium-v2", "--epochs=4", "--pretrain-epochs=1", "--steps-per-epoch=20", "--eval-episodes=2",
-         "--num-candidates=8", "--batch-size=32", "--no-cuda"]
-
-
-def test_killed_and_resumed_is_bit_equal(hopper, tmp_path):
-    environment = {**os.environ, "D4RL_DATASET_DIR": str(hopper.parent)}
-    run = lambda *flags: subprocess.Popen(command(*flags, script="kl_distill.py"), env=environment,
-                                          stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    assert run(*FLAGS, "--run-dir", tmp_path / "whole").wait(120) == 0
-    process = run(*FLAGS, "--run-dir", tmp_path / "killed")
-    run_dir = wait_for_checkpoint(tmp_path / "killed")
-    time.sleep(0.8)
-    process.kill()
-    process.wait()
-    assert run("--resume", run_dir).wait(120) == 0
-    assert_same_end(wait_for_checkpoint(tmp_path / "whole"), run_dir)
+    assert len(diff) < 150
+    defined = [{line.split("(")[0] for line in file if line.startswith("def ")} for file in files]
+    assert defined[0] - defined[1] == {"def gaussian_nll"} and defined[1] - defined[0] == {"def kl_loss"}
 
 
 def test_bad_input(hopper, tmp_path):
-    args = kl_distill.Args(env_id="hopper-medium-v2", run_dir=str(tmp_path / "runs"), expectile=1.5)
     with pytest.raises(UserError, match="--expectile"):
-        kl_distill.main(args)
-    result = subprocess.run(command("--nll", script="kl_distill.py"), capture_output=True, text=True)
+        kl_distill.main(make_args(tmp_path, kl_distill, expectile=1.5))
+    result = run_script("--nll", script="kl_distill.py")
     assert result.returncode == 2 and len(result.stderr.splitlines()) == 1
     assert not (tmp_path / "runs").exists()
-
-
-def test_a_run_of_one_script_is_not_resumed_by_the_other(hopper, tmp_path):
-    run_dir = dtql_continuous.main(make_args(tmp_path))["run_dir"]
-    result = subprocess.run(command("--resume", run_dir, script="kl_distill.py"), capture_output=True, text=True)
-    assert result.returncode == 2 and len(result.stderr.splitlines()) == 1, result.stderr

@@ -10,11 +10,10 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, make_args, run_script
-from test_math import make_agent
-from test_training import FLAGS, assert_same_end, whole_and_resumed
+from helpers import FLAGS, ROOT, assert_same_end, make_agent, make_args, run_script, whole_and_resumed
 
 import speed
+import stacked
 
 # With the shapes and constants of test_math's compiled update: torch then compiles them once
 COMPILED = dict(compile=True, num_seeds=2, alpha=1.0, expectile=0.9, nll=True)
@@ -25,9 +24,9 @@ def test_mish_is_mish():
     x = torch.cat((torch.linspace(-30, 30, 2001), torch.tensor([-200.0, -88.0, 88.0, 200.0])))
     exact = F.mish(x.double()).float()
     with torch.no_grad():
-        torch.testing.assert_close(dtql.Mish()(x), exact, atol=1e-6, rtol=1e-5)
+        torch.testing.assert_close(stacked.Mish()(x), exact, atol=1e-6, rtol=1e-5)
     x.requires_grad_()
-    compiled = torch.compile(dtql.Mish())(x)
+    compiled = torch.compile(stacked.Mish())(x)
     torch.testing.assert_close(compiled, exact, atol=1e-6, rtol=1e-5)
     gradients = [torch.autograd.grad(y.sum(), x)[0] for y in (compiled, F.mish(x))]
     torch.testing.assert_close(*gradients, atol=1e-6, rtol=1e-5)
@@ -41,7 +40,6 @@ def compiled_graphs():
 
 def test_compiled_run_compiles_five_functions_once(hopper, tmp_path, monkeypatch, capsys, compiled_graphs):
     """Three gradients and two steps of evaluation, however many episodes are still running; nothing is compiled later."""
-    common._can_compile(torch.device("cpu"))
     torch.compiler.reset()  # other tests compile the same
     before, counts, evaluate = compiled_graphs(), [], dtql.evaluate
     monkeypatch.setattr(dtql, "evaluate", lambda *args: (evaluate(*args), counts.append(compiled_graphs()))[0])
@@ -61,7 +59,7 @@ def test_compiled_and_eager_policies_act_alike_in_any_number_of_states(compiled_
     graphs = []
     for count in (5, 1, 2):
         obs = np.random.default_rng(0).standard_normal((1, count, 11)).astype(np.float32)
-        actions = [agent.policy.act(agent.params["actor"], agent.params["target_critic"], obs, torch.Generator().manual_seed(0))
+        actions = [agent.best_of(agent.models.params, obs, torch.Generator().manual_seed(0))
                    for agent in agents]
         np.testing.assert_allclose(actions[1], actions[0], rtol=1e-4, atol=1e-5)
         graphs.append(compiled_graphs())
@@ -90,7 +88,7 @@ def test_without_a_compiler_a_run_goes_on_with_one_note(hopper, tmp_path):
     (["--compile"], True),
 ])
 def test_only_long_runs_are_compiled_unless_asked_for(flags, compiled):
-    assert common.parse_args(dtql.Args, dtql.task_defaults, dtql.run_defaults, flags).compile == compiled
+    assert common.parse_args(dtql.Args, dtql.task_defaults, flags).compile == compiled
 
 
 def test_speed_table(tmp_path):

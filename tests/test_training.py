@@ -1,84 +1,56 @@
 """Runs: learning, folders, interruption, resuming, evaluation, deployment, and one-line errors."""
 
-import csv
 import json
 import os
 import signal
-import subprocess
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import common
+import d4rl_tasks
 import gymnasium as gym
 import numpy as np
 import pytest
 import torch
 from common import UserError
-from conftest import TINY, command, make_args, run_script, write_d4rl
+from helpers import (FLAGS, ROOT, assert_same_end, command, make_args, make_task, params_of, rows_of, run_script, start, updates,
+                     wait_for, write_d4rl)
 
+import bc
+import data
 import dtql_continuous as dtql
+import iql
+import kl_distill
 
-FLAGS = [f"--{'' if value is not False else 'no-'}{name.replace('_', '-')}{'' if isinstance(value, bool) else f'={value}'}"
-         for name, value in TINY.items() if name != "cudagraphs"]
+@pytest.mark.parametrize(("module", "changes", "lower"), [
+    (dtql, {}, ["critic", "denoiser", "actor"]), (dtql, dict(policy="implicit"), ["critic", "denoiser", "actor"]),
+    (kl_distill, {}, ["critic"]), (bc, {}, ["actor"]), (bc, dict(policy="gaussian"), ["actor"]),
+    (bc, dict(policy="diffusion"), ["actor"]), (iql, {}, ["actor"]),
+])
+def test_training_changes_every_network_and_losses_fall(hopper, tmp_path, module, changes, lower):
+    from helpers import AGENT
 
-
-def rows_of(run_dir: str | Path) -> list[dict[str, str]]:
-    with open(Path(run_dir) / "eval.csv") as file:
-        return list(csv.DictReader(file))
-
-
-def params_of(run_dir: str | Path) -> dict[str, torch.Tensor]:
-    networks = common.load_checkpoint(Path(run_dir) / "checkpoint.pt")["agent"]["params"]
-    return {f"{network}.{name}": param for network, params in networks.items() for name, param in params.items()}
-
-
-def assert_same_end(one: str | Path, other: str | Path) -> None:
-    """Parameters equal to the bit, and the same evaluations but for the seconds they took."""
-    a, b = params_of(one), params_of(other)
-    assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
-    results = [[{k: v for k, v in row.items() if "seconds" not in k} for row in rows_of(run)] for run in (one, other)]
-    assert results[0] == results[1]
-
-
-def whole_and_resumed(tmp_path: Path, monkeypatch, resume, **settings) -> tuple[str, str]:
-    """The folders of a run of 60 updates and of one that was stopped after 33 and gone on with by resume(its folder)."""
-    whole = dtql.main(make_args(tmp_path, **settings))["run_dir"]
-    count, advance = [], common.Run.advance
-
-    def stop_in_training(run: common.Run, steps: int) -> None:
-        advance(run, steps)
-        count.append(run)
-        if len(count) == 33:
-            run._stop = True
-
-    with monkeypatch.context() as patch:
-        patch.setattr(common.Run, "advance", stop_in_training)
-        with pytest.raises(common.Interrupted):
-            dtql.main(make_args(tmp_path, **settings))
-    resume(str(count[0].dir))
-    return whole, str(count[0].dir)
-
-
-@pytest.mark.parametrize("policy", ["gaussian", "implicit"])
-def test_training_changes_every_network_and_losses_fall(hopper, tmp_path, policy):
-    args = make_args(tmp_path, policy=policy, pretrain_epochs=1, epochs=1, steps_per_epoch=150, num_seeds=2)
-    task = common.load_task(args.env_id)
-    agent = dtql.DTQL(args, task, torch.device("cpu"))
-    before = {net: {name: param.detach().clone() for name, param in params.items()} for net, params in agent.params.items()}
-    means = []
-    for step in range(300):
-        if step == 150:
+    args = make_args(tmp_path, module, epochs=1, steps_per_epoch=150, num_seeds=2, **changes)
+    agent = AGENT[module](args, data.load_task(args.env_id), torch.device("cpu"))
+    models, phases, means = agent.models, updates(agent), []
+    before = {net: {name: param.detach().clone() for name, param in params.items()} for net, params in models.params.items()}
+    for phase, update in enumerate(phases):
+        if phase:
             agent.start_training()
-        agent.update(training=step >= 150)
-        if step % 50 == 49:
-            means.append(dict(zip(agent.metrics, (agent.sums / 50).mean(1).tolist())))
-            agent.sums.zero_()
-    for network, params in agent.params.items():
+        for step in range(150):
+            update()
+            if step % 50 == 49:
+                means.append({name: (value / 50).mean().item() for name, value in models.sums.items()})
+                for value in models.sums.values():
+                    value.zero_()
+    for network, params in models.params.items():
         for name, param in params.items():
             changed = (param != before[network][name]).flatten(1).any(1)
             assert changed.all(), f"{network}.{name} did not change in every model"
-    assert means[-1]["critic"] < means[0]["critic"] and means[2]["denoiser"] < means[0]["denoiser"]
-    assert means[-1]["actor"] < means[3]["actor"]
+    for name in lower:
+        values = [mean[name] for mean in means if mean[name]]
+        assert values[-1] < values[0] or values[2] < values[0], name
 
 
 def test_a_run_leaves_a_whole_folder(hopper, tmp_path):
@@ -92,6 +64,14 @@ def test_a_run_leaves_a_whole_folder(hopper, tmp_path):
     assert config["data"]["origin"] == str(hopper) and config["versions"]["torch"] == torch.__version__
     rows = rows_of(run_dir)
     assert tuple(rows[0]) == common.EVAL_FIELDS
+    episodes = rows_of(run_dir, "episodes.csv")
+    assert tuple(episodes[0]) == common.EPISODE_FIELDS and len(episodes) == 2 * 3 * 2
+    for row in rows:
+        own = [episode for episode in episodes if (episode["epoch"], episode["seed"]) == (row["epoch"], row["seed"])]
+        assert [episode["episode"] for episode in own] == ["0", "1"]
+        for mean, value in (("return_mean", "return"), ("score_mean", "score"), ("length_mean", "length")):
+            assert float(row[mean]) == pytest.approx(np.mean([float(episode[value]) for episode in own]))
+    assert (run_dir / "dtql_continuous.py").read_bytes() == (ROOT / "dtql_continuous.py").read_bytes()
     assert [(row["epoch"], row["seed"]) for row in rows] == [(e, s) for e in "23" for s in "789"]
     for row in rows:
         score = 100 * (float(row["return_mean"]) + 20.272305) / (3234.3 + 20.272305)
@@ -110,7 +90,7 @@ def test_a_run_leaves_a_whole_folder(hopper, tmp_path):
 
 def test_a_slice_of_three_models_is_a_plain_module_and_a_policy(hopper, tmp_path):
     run_dir = dtql.main(make_args(tmp_path, num_seeds=3))["run_dir"]
-    params = common.load_checkpoint(f"{run_dir}/checkpoint.pt")["agent"]["params"]
+    params = common.open_checkpoint(f"{run_dir}/checkpoint.pt")["learner"]["params"]
     actor = dtql.GaussianActor(11, 3)
     actor.load_state_dict({name: param[2] for name, param in params["actor"].items()})
     denoiser = dtql.Denoiser(11, 3)
@@ -134,45 +114,35 @@ def test_a_slice_of_three_models_is_a_plain_module_and_a_policy(hopper, tmp_path
 def test_resume_after_an_end_is_a_no_op_and_conflicts_are_named(hopper, tmp_path, capsys):
     args = make_args(tmp_path)
     run_dir = dtql.main(args)["run_dir"]
-    again = dtql.main(dtql.replace(args, resume=run_dir))
+    again = dtql.main(replace(args, resume=run_dir))
     assert again["run_dir"] == run_dir and len(rows_of(run_dir)) == 1
     with pytest.raises(UserError, match="has alpha = 5.0, not 2.0"):
-        dtql.main(dtql.replace(args, resume=run_dir, alpha=2.0))
+        dtql.main(replace(args, resume=run_dir, alpha=2.0))
     write_d4rl(hopper, rewards=np.ones(600))
     with pytest.raises(UserError, match="not the data that the run began with"):
-        dtql.main(dtql.replace(args, resume=run_dir))
+        dtql.main(replace(args, resume=run_dir))
 
 
-def start(hopper: Path, run_dir: Path, *flags: str) -> subprocess.Popen:
-    environment = {**os.environ, "D4RL_DATASET_DIR": str(hopper.parent)}
-    return subprocess.Popen(command("--env-id", "hopper-medium-v2", "--run-dir", run_dir, *FLAGS, "--epochs=8",
-                                    "--eval-every=2", "--lr-decay", *flags), env=environment,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+RUN = ("--env-id=hopper-medium-v2", *FLAGS, "--epochs=8", "--eval-every=2")
+SCRIPTS = {"dtql_continuous.py": ("--num-candidates=8", "--pretrain-epochs=1", "--lr-decay"),
+           "kl_distill.py": ("--num-candidates=8", "--pretrain-epochs=1"), "bc.py": ("--policy=diffusion", "--sampling-steps=3"),
+           "iql.py": ("--dropout=0.1",)}
 
 
-def wait_for_checkpoint(parent: Path) -> Path:
-    deadline = time.time() + 120
-    while time.time() < deadline:
-        found = list(parent.glob("*/checkpoint.pt"))
-        if found:
-            return found[0].parent
-        time.sleep(0.01)
-    raise AssertionError("no checkpoint appeared")
-
-
-def test_killed_at_any_moment_and_resumed_is_bit_equal(hopper, tmp_path):
-    process = start(hopper, tmp_path / "whole")
-    assert process.wait(120) == 0
-    whole = wait_for_checkpoint(tmp_path / "whole")
-    for attempt, delay in enumerate((0.1, 0.7, 1.9)):
-        process = start(hopper, tmp_path / f"killed{attempt}")
-        run_dir = wait_for_checkpoint(tmp_path / f"killed{attempt}")
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_killed_at_any_moment_and_resumed_is_bit_equal(hopper, tmp_path, script):
+    flags = (*RUN, *SCRIPTS[script])
+    assert start(*flags, "--run-dir", tmp_path / "whole", script=script).wait(120) == 0
+    whole = wait_for(tmp_path / "whole")
+    for attempt, delay in enumerate((0.1, 1.3) if script == "dtql_continuous.py" else (0.4,)):
+        process = start(*flags, "--run-dir", tmp_path / f"killed{attempt}", script=script)
+        run_dir = wait_for(tmp_path / f"killed{attempt}")
         time.sleep(delay)
         process.kill()
         process.wait()
-        for _ in range(2):  # killed again while resumed, then let through
-            process = subprocess.Popen(command("--resume", run_dir), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-            if _ == 0:
+        for again in range(2):  # killed again while resumed, then let through
+            process = start("--resume", run_dir, script=script)
+            if again == 0:
                 time.sleep(4 + delay)
                 process.kill()
             output = process.communicate(timeout=120)
@@ -182,32 +152,32 @@ def test_killed_at_any_moment_and_resumed_is_bit_equal(hopper, tmp_path):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_interrupt_leaves_a_checkpoint_of_that_moment(hopper, tmp_path, number):
-    process = start(hopper, tmp_path / "whole", "--steps-per-epoch=37")
-    assert process.wait(120) == 0
-    process = start(hopper, tmp_path / "stopped", "--steps-per-epoch=37")
-    run_dir = wait_for_checkpoint(tmp_path / "stopped")
+    flags = (*RUN, *SCRIPTS["dtql_continuous.py"], "--steps-per-epoch=37")
+    assert start(*flags, "--run-dir", tmp_path / "whole").wait(120) == 0
+    process = start(*flags, "--run-dir", tmp_path / "stopped")
+    run_dir = wait_for(tmp_path / "stopped")
     time.sleep(0.8)
     process.send_signal(number)
     _, errors = process.communicate(timeout=60)
-    assert process.returncode == 130 and f"--resume {run_dir}" in errors and "Traceback" not in errors
-    assert common.load_checkpoint(run_dir / "checkpoint.pt")["step"] > 0
+    assert process.returncode == 128 + number and f"--resume {run_dir}" in errors and "Traceback" not in errors
+    assert common.open_checkpoint(run_dir / "checkpoint.pt")["step"] > 0
     assert run_script("--resume", run_dir).returncode == 0
-    assert_same_end(wait_for_checkpoint(tmp_path / "whole"), run_dir)
+    assert_same_end(wait_for(tmp_path / "whole"), run_dir)
 
 
-def test_a_kill_while_writing_leaves_the_previous_checkpoint(tmp_path):
+def test_a_kill_while_writing_leaves_the_previous_file(tmp_path, monkeypatch):
     file = tmp_path / "checkpoint.pt"
-    common.write_atomically(file, lambda target: torch.save({"step": 1}, target))
+    common.write_atomically(file, b"one")
 
-    def killed(target: Path) -> None:
-        target.write_bytes(b"half a checkpoint")
+    def killed(*_):
         raise KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt):
-        common.write_atomically(file, killed)
-    assert common.load_checkpoint(file) == {"step": 1}
-    common.write_atomically(file, lambda target: torch.save({"step": 2}, target))
-    assert common.load_checkpoint(file) == {"step": 2} and list(tmp_path.iterdir()) == [file]
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(os, "fsync", killed)
+        common.write_atomically(file, b"another")
+    assert file.read_bytes() == b"one" and list(tmp_path.iterdir()) == [file]
+    common.write_atomically(file, b"another")
+    assert file.read_bytes() == b"another" and list(tmp_path.iterdir()) == [file]
 
 
 def test_nan_stops_the_run_and_keeps_the_last_good_checkpoint(hopper, tmp_path):
@@ -314,7 +284,8 @@ def test_help_shows_the_values_of_the_task():
 
 
 def test_table_4_and_other_defaults():
-    assert list(dtql.TABLE_4) and set(dtql.TABLE_4) == set(common.d4rl_tasks.TASKS)
+    assert set(dtql.TABLE_4) == set(kl_distill.TABLE_4) == set(d4rl_tasks.TASKS)
+    assert kl_distill.TABLE_4 == dtql.TABLE_4
     large = dtql.task_defaults("antmaze-large-diverse-v0")
     assert (large["alpha"], large["expectile"], large["nll"], large["epochs"], large["batch_size"]) == (0.5, 0.9, True, 300, 2048)
     hopper = dtql.task_defaults("hopper-medium-v2")

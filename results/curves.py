@@ -1,4 +1,4 @@
-"""Draw learning curves: python docs/curves.py OUT.png LABEL=RUN_DIR [LABEL=RUN_DIR ...]
+"""Draw learning curves: python results/curves.py OUT.png LABEL=RUN_DIR [LABEL=RUN_DIR ...]
 
 The line is the mean score over a run's models, the band the standard error over all their episodes.
 """

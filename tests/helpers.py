@@ -1,0 +1,200 @@
+"""What several tests need: small data, agents, the scripts as a user runs them."""
+
+import copy
+import csv
+import functools
+import math
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import bc
+import common
+import data
+import dtql_continuous as dtql
+import gymnasium as gym
+import h5py
+import iql
+import kl_distill
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+ROOT = Path(__file__).parent.parent
+TINY = dict(epochs=2, steps_per_epoch=20, eval_episodes=2, batch_size=32, cuda=False, compile=False, cudagraphs=False)
+AGENT = {dtql: dtql.DTQL, kl_distill: kl_distill.KLDistill, bc: bc.BC, iql: iql.IQL}
+OWN = {dtql: dict(pretrain_epochs=1, num_candidates=8), kl_distill: dict(pretrain_epochs=1, num_candidates=8), bc: {}, iql: {}}
+
+
+def write_d4rl(file: Path, rows: int = 600, obs_dim: int = 11, action_dim: int = 3, **changes) -> Path:
+    """A file in D4RL's format: random walks of 50 steps. `changes` replace keys; None leaves a key out."""
+    rng = np.random.default_rng(0)
+    actions = rng.uniform(-1, 1, (rows, action_dim)).astype(np.float32)
+    arrays = {
+        "observations": rng.standard_normal((rows, obs_dim)).astype(np.float32),
+        "actions": actions,
+        "rewards": (1 - (actions**2).sum(1)).astype(np.float32),
+        "terminals": np.arange(rows) % 97 == 96,
+        "timeouts": np.arange(rows) % 50 == 49,
+        **changes,
+    }
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with h5py.File(file, "w") as target:
+        for key, value in arrays.items():
+            if value is not None:
+                target[key] = value
+    return file
+
+
+def make_args(tmp_path: Path, module=dtql, **changes):
+    """Arguments of a small run of `module` on hopper-medium-v2."""
+    settings = {**module.task_defaults("hopper-medium-v2"), **TINY, **OWN[module], "run_dir": str(tmp_path / "runs"), **changes}
+    return module.Args(**{"env_id": "hopper-medium-v2", **settings})
+
+
+def command(*arguments: object, script: str = "dtql_continuous.py") -> list[str]:
+    return [sys.executable, str(ROOT / script), *map(str, arguments)]
+
+
+def run_script(*arguments: object, script: str = "dtql_continuous.py", **environment: str) -> subprocess.CompletedProcess:
+    return subprocess.run(command(*arguments, script=script), env={**os.environ, **environment}, capture_output=True, text=True, timeout=300)
+
+
+def make_task(*arrays: np.ndarray, low: float = -1.0, high: float = 1.0) -> data.Task:
+    """A task of the given obs, actions, rewards, terminals, next_obs, with an environment that nobody steps."""
+    arrays = [np.asarray(array, np.float32) for array in arrays]
+    obs_dim, action_dim = arrays[0].shape[1], arrays[1].shape[1]
+
+    class Env(gym.Env):
+        observation_space = gym.spaces.Box(-np.inf, np.inf, (obs_dim,))
+        action_space = gym.spaces.Box(low, high, (action_dim,))
+
+    return data.Task(*arrays, Env, lambda x: x, "return", False, "test", Env.action_space.low, Env.action_space.high)
+
+
+def make_agent(num_seeds: int = 1, obs_dim: int = 3, action_dim: int = 2, rows: int = 512, module=dtql, device="cpu", **changes):
+    """An agent of `module` on random transitions; the environment's actions lie in [-2, 4]."""
+    rng = np.random.default_rng(0)
+    task = make_task(rng.standard_normal((rows, obs_dim)), rng.uniform(-1, 1, (rows, action_dim)), rng.standard_normal(rows),
+                     rng.random(rows) < 0.1, rng.standard_normal((rows, obs_dim)), low=-2.0, high=4.0)
+    settings = {**TINY, **OWN[module], "num_seeds": num_seeds, "cuda": device == "cuda", **changes}
+    return AGENT[module](module.Args(**settings), task, torch.device(device))
+
+
+def updates(agent) -> list:
+    """The agent's update in each of its phases, in their order."""
+    if hasattr(agent, "start_training"):
+        return [functools.partial(agent.update, training) for training in (False, True)]
+    return [agent.update]
+
+
+def train(agent) -> None:
+    """One update of every phase."""
+    for update in updates(agent):
+        update()
+
+
+def first(params: dict[str, Tensor], index: int = 0) -> dict[str, Tensor]:
+    return {name: param[index] for name, param in params.items()}
+
+
+def prepared(agent, training: bool):
+    return agent.models.prepare(functools.partial(agent.update, training), agent.args.cudagraphs)
+
+
+def run_updates(agent, each: int) -> dict[str, dict[str, Tensor]]:
+    """Pretraining and training as `main` does them, with the same random numbers for every agent. Returns where it began."""
+    before = copy.deepcopy(agent.models.params)
+    torch.manual_seed(7)
+    for training in (False, True):
+        update = prepared(agent, training)
+        if training:
+            agent.start_training()
+        for _ in range(each):
+            update()
+    return before
+
+
+def assert_updates_agree(agent, reference, before) -> None:
+    """Losses are equal up to rounding. Parameters nearly so: now and then rounding moves a ReLU or a minimum to its other side."""
+    torch.testing.assert_close(agent.models.sums, reference.models.sums, rtol=2e-3, atol=2e-3)
+    for network, params in reference.models.params.items():
+        for name, param in params.items():
+            error, moved = agent.models.params[network][name] - param, param - before[network][name]
+            assert error.norm() <= 0.1 * moved.norm(), f"{network}.{name}"
+
+
+def assert_learning_rates_follow_the_cosine(**settings) -> None:
+    agent = make_agent(lr_decay=True, epochs=2, steps_per_epoch=5, learning_rate=1e-4, **settings)
+    rates = lambda: [agent.models.learning_rate(loss).item() for loss in (agent.critic_loss, agent.denoiser_loss, agent.actor_loss)]
+    prepared(agent, training=False)()
+    assert rates() == pytest.approx([3e-4, 1e-4, 1e-4])
+    update = prepared(agent, training=True)
+    for step in range(10):
+        update()
+        factor = (1 + math.cos(math.pi * step / 10)) / 2
+        assert rates() == pytest.approx([3e-4 * factor, 1e-4 * factor, 1e-4 * factor], rel=1e-5)
+
+
+# ---- runs and their folders --------------------------------------------------------------------------------------------
+
+FLAGS = [f"--{'' if value is not False else 'no-'}{name.replace('_', '-')}{'' if isinstance(value, bool) else f'={value}'}"
+         for name, value in TINY.items() if name != "cudagraphs"]
+
+
+def rows_of(run_dir: str | Path, table: str = "eval.csv") -> list[dict[str, str]]:
+    with open(Path(run_dir) / table) as file:
+        return list(csv.DictReader(file))
+
+
+def params_of(run_dir: str | Path) -> dict[str, Tensor]:
+    networks = common.open_checkpoint(Path(run_dir) / "checkpoint.pt")["learner"]["params"]
+    return {f"{network}.{name}": param for network, params in networks.items() for name, param in params.items()}
+
+
+def assert_same_end(one: str | Path, other: str | Path) -> None:
+    """Parameters equal to the bit, and the same evaluations but for the seconds they took."""
+    a, b = params_of(one), params_of(other)
+    assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+    results = [[{k: v for k, v in row.items() if "seconds" not in k} for row in rows_of(run)] for run in (one, other)]
+    assert results[0] == results[1]
+    assert rows_of(one, "episodes.csv") == rows_of(other, "episodes.csv")
+
+
+def whole_and_resumed(tmp_path: Path, monkeypatch, resume, **settings) -> tuple[str, str]:
+    """The folders of a run of 60 updates and of one that was stopped after 33 and gone on with by resume(its folder)."""
+    whole = dtql.main(make_args(tmp_path, **settings))["run_dir"]
+    count, advance = [], common.Run.advance
+
+    def stop_in_training(run: common.Run) -> None:
+        count.append(run)
+        if len(count) == 33:
+            common.request_stop(15)
+        advance(run)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(common.Run, "advance", stop_in_training)
+        with pytest.raises(common.Interrupted):
+            dtql.main(make_args(tmp_path, **settings))
+    resume(str(count[0].dir))
+    return whole, str(count[0].dir)
+
+
+def start(*arguments: object, script: str = "dtql_continuous.py", **environment: str) -> subprocess.Popen:
+    """A script in a process group of its own, as a shell or a scheduler starts it."""
+    return subprocess.Popen(command(*arguments, script=script), env={**os.environ, **environment}, stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE, text=True, start_new_session=True)
+
+
+def wait_for(parent: Path, pattern: str = "*/checkpoint.pt") -> Path:
+    """The folder of the first file below `parent` that matches, as soon as there is one."""
+    deadline = time.time() + 120
+    while time.time() < deadline:
+        found = list(parent.glob(pattern))
+        if found:
+            return found[0].parent
+        time.sleep(0.01)
+    raise AssertionError(f"no {pattern} appeared")
