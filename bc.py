@@ -109,7 +109,7 @@ class DeterministicActor(nn.Module):
             nn.Linear(obs_dim, HIDDEN), nn.ReLU(),
             nn.Linear(HIDDEN, HIDDEN), nn.ReLU(),
             nn.Linear(HIDDEN, action_dim), nn.Tanh(),
-        )
+        )  # fmt: skip
 
     def forward(self, obs: Tensor) -> Tensor:
         return self.net(obs)
@@ -125,7 +125,7 @@ class GaussianActor(nn.Module):
             nn.Linear(HIDDEN, HIDDEN), nn.ReLU(),
             nn.Linear(HIDDEN, HIDDEN), nn.ReLU(),
             nn.Linear(HIDDEN, 2 * action_dim),
-        )
+        )  # fmt: skip
         for layer in self.net:
             if isinstance(layer, nn.Linear):
                 nn.init.orthogonal_(layer.weight)
@@ -148,7 +148,7 @@ class Denoiser(nn.Module):
             nn.Linear(HIDDEN, HIDDEN), Mish(),
             nn.Linear(HIDDEN, HIDDEN), Mish(),
             nn.Linear(HIDDEN, action_dim),
-        )
+        )  # fmt: skip
         self.register_buffer("frequencies", 10000 ** (-torch.arange(8) / 7), persistent=False)
 
     def forward(self, noisy_actions: Tensor, sigma: Tensor, obs: Tensor) -> Tensor:
@@ -187,8 +187,9 @@ class BC:
         mean, std = np.zeros(task.obs.shape[1], np.float32), np.ones(task.obs.shape[1], np.float32)
         if args.normalize and len(task.obs):  # a policy that is deployed loads them from its checkpoint
             mean, std = task.obs.mean(0), task.obs.std(0) + 1e-3
-        self.data = stacked.Transitions((task.obs - mean) / std, task.actions, task.rewards, task.terminals,
-                                        (task.next_obs - mean) / std, device)
+        self.data = stacked.Transitions(
+            (task.obs - mean) / std, task.actions, task.rewards, task.terminals, (task.next_obs - mean) / std, device
+        )
         self.action_dim = task.actions.shape[1]
         dims = task.obs.shape[1], self.action_dim
         self.actor = Net(lambda: ACTORS[args.policy](*dims), device)

@@ -9,7 +9,6 @@ import fcntl
 import importlib.metadata
 import io
 import json
-import logging
 import multiprocessing
 import os
 import platform
@@ -99,14 +98,21 @@ def check_range(args: Any, **bounds: str) -> None:
     for name, interval in bounds.items():
         value = getattr(args, name)
         low, high = (float(bound) for bound in interval[1:-1].split(","))
-        inside = (low <= value if interval[0] == "[" else low < value) and (value <= high if interval[-1] == "]" else value < high)
+        inside = (low <= value if interval[0] == "[" else low < value) and (
+            value <= high if interval[-1] == "]" else value < high
+        )
         check(inside, f"--{name.replace('_', '-')} must lie in {interval}, not {value}")
 
 
 def check_args(args: Args) -> None:
     """Raise UserError for settings that cannot work, of those that every script has."""
-    positive = {"num_seeds": "[1, 1e4]", "batch_size": "[1, 1e6]", "steps_per_epoch": "[1, 1e9]", "eval_every": "[1, 1e9]",
-                "eval_episodes": "[1, 1e5]"}
+    positive = {
+        "num_seeds": "[1, 1e4]",
+        "batch_size": "[1, 1e6]",
+        "steps_per_epoch": "[1, 1e9]",
+        "eval_every": "[1, 1e9]",
+        "eval_episodes": "[1, 1e5]",
+    }
     check_range(args, **positive, epochs="[0, 1e9]")
     check(0 <= args.seed < 2**63 - args.num_seeds, f"--seed must lie in [0, 2^63 - --num-seeds), not {args.seed}")
 
@@ -181,8 +187,10 @@ def check(condition: bool, message: str) -> None:
 def find_device(args: Any) -> torch.device:
     """The device to train on. Raises UserError if a GPU is asked for and there is none."""
     for flag in ("cuda", "cudagraphs"):
-        check(not getattr(args, flag, False) or torch.cuda.is_available(),
-              f"--{flag}: PyTorch finds no usable GPU here; train on the CPU with --no-{flag}")
+        check(
+            not getattr(args, flag, False) or torch.cuda.is_available(),
+            f"--{flag}: PyTorch finds no usable GPU here; train on the CPU with --no-{flag}",
+        )
     return torch.device("cuda" if args.cuda else "cpu")
 
 
@@ -257,8 +265,9 @@ class LockstepEnvs:
         for start, stop in zip(self.starts, self.starts[1:]):
             ours, theirs = context.Pipe()
             self.pipes.append(ours)
-            self.processes.append(context.Process(target=_serve, daemon=True,
-                                                  args=(theirs, list(self.pipes), make_env, seeds[start:stop])))
+            self.processes.append(
+                context.Process(target=_serve, daemon=True, args=(theirs, list(self.pipes), make_env, seeds[start:stop]))
+            )
             with warnings.catch_warnings():  # threads are no danger: workers use neither torch nor a lock of ours
                 warnings.simplefilter("ignore", DeprecationWarning)
                 self.processes[-1].start()
@@ -271,7 +280,9 @@ class LockstepEnvs:
         try:
             answer = pipe.recv()
         except (EOFError, OSError):
-            raise UserError("an evaluation worker has died (killed, or out of memory?): with less memory in use, try again") from None
+            raise UserError(
+                "an evaluation worker has died (killed, or out of memory?): with less memory in use, try again"
+            ) from None
         if isinstance(answer, Exception):
             raise answer
         return answer
@@ -318,9 +329,7 @@ def make_lockstep_envs(task: Any, args: Args) -> LockstepEnvs:
     return LockstepEnvs(task.make_env, np.random.SeedSequence(args.seed).generate_state(copies))
 
 
-def run_episodes(
-    envs: LockstepEnvs, act: Callable[[np.ndarray], np.ndarray], seeds: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
+def run_episodes(envs: LockstepEnvs, act: Callable[[np.ndarray], np.ndarray], seeds: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """One episode for every model and seed, in lock-step; every episode that starts counts once.
 
     Args:
@@ -346,8 +355,10 @@ def run_episodes(
             batch = np.zeros((num_models, column.max() + 1, obs.shape[1]), np.float32)
             batch[model, column] = obs[running]
             obs[running], rewards, done = envs.step(running, act(batch)[model, column])
-            check(bool(np.isfinite(obs[running]).all() and np.isfinite(rewards).all()),
-                  "the environment gave an observation or a reward that is NaN or infinite: its score would mean nothing")
+            check(
+                bool(np.isfinite(obs[running]).all() and np.isfinite(rewards).all()),
+                "the environment gave an observation or a reward that is NaN or infinite: its score would mean nothing",
+            )
             returns[episode[running]] += rewards
             lengths[episode[running]] += 1
             finished = running[done]
@@ -374,14 +385,22 @@ class Evaluation(NamedTuple):
     seconds: float
 
 
-def evaluate(task: Any, envs: LockstepEnvs, act: Callable[[np.ndarray, torch.Generator], np.ndarray], args: Args, epoch: int,
-             device: torch.device) -> Evaluation:
+def evaluate(
+    task: Any,
+    envs: LockstepEnvs,
+    act: Callable[[np.ndarray, torch.Generator], np.ndarray],
+    args: Args,
+    epoch: int,
+    device: torch.device,
+) -> Evaluation:
     """Evaluate the models of a run with `act`: observations (K, m, S) to actions (K, m, A) in the environment's units.
 
     It has its own random state: training goes on as if it had not happened. Raises Interrupted.
     """
     start = time.perf_counter()
-    generator = torch.Generator(device).manual_seed(int(np.random.SeedSequence([args.seed, epoch]).generate_state(1, np.uint64)[0]))
+    generator = torch.Generator(device).manual_seed(
+        int(np.random.SeedSequence([args.seed, epoch]).generate_state(1, np.uint64)[0])
+    )
 
     def act_or_stop(obs: np.ndarray) -> np.ndarray:
         check_stop()
@@ -427,8 +446,18 @@ def check_stop() -> None:
 # ---- a run's folder ----------------------------------------------------------------------------------------------------
 
 FORMAT = 2  # of a run's folder: 1 (before `stacked.py`) kept parameters by position and cannot be resumed
-EVAL_FIELDS = ("epoch", "seed", "return_mean", "return_std", "score_mean", "score_std", "length_mean", "episodes",
-               "train_seconds", "eval_seconds")
+EVAL_FIELDS = (
+    "epoch",
+    "seed",
+    "return_mean",
+    "return_std",
+    "score_mean",
+    "score_std",
+    "length_mean",
+    "episodes",
+    "train_seconds",
+    "eval_seconds",
+)
 EPISODE_FIELDS = ("epoch", "seed", "episode", "return", "score", "length")
 
 
@@ -491,17 +520,29 @@ def settings_from(cls: type, saved: Any, place: str) -> dict[str, Any]:
 def open_checkpoint(file: str | Path, device: torch.device | str = "cpu") -> dict[str, Any]:
     """A checkpoint as `Run` saved it. Raises UserError if it is missing, unreadable or something else."""
     device = torch.device(device)
-    check(device.type != "cuda" or torch.cuda.is_available(), "PyTorch finds no usable GPU here: take device=\"cpu\"")
+    check(device.type != "cuda" or torch.cuda.is_available(), 'PyTorch finds no usable GPU here: take device="cpu"')
     try:
         saved = torch.load(file, map_location=device, weights_only=True)
     except Exception as error:  # torch's own advice, weights_only=False, would let a foreign file run code
         reason = error.strerror if isinstance(error, OSError) and error.strerror else "it is damaged or no checkpoint"
         raise UserError(f"cannot read the checkpoint {file} ({reason}): give the checkpoint.pt of a run") from None
-    check(isinstance(saved, dict) and not ("agent" in saved and "format" not in saved),
-          f"{file} was written by an earlier version of this project, or is no checkpoint: train anew")
+    check(
+        isinstance(saved, dict) and not ("agent" in saved and "format" not in saved),
+        f"{file} was written by an earlier version of this project, or is no checkpoint: train anew",
+    )
     check(saved.get("format") == FORMAT, f"{file} is no checkpoint of a run: give the checkpoint.pt of a run")
-    kinds = {"exp_name": str, "args": dict, "spaces": dict, "step": int, "logged_step": int, "rows": list, "episodes": list,
-             "train_seconds": float, "learner": dict, "random_state": torch.Tensor}
+    kinds = {
+        "exp_name": str,
+        "args": dict,
+        "spaces": dict,
+        "step": int,
+        "logged_step": int,
+        "rows": list,
+        "episodes": list,
+        "train_seconds": float,
+        "learner": dict,
+        "random_state": torch.Tensor,
+    }
     wrong = [name for name, kind in kinds.items() if type(saved.get(name)) is not kind]
     check(not wrong, f"{file} is damaged: it has no usable {', '.join(wrong)}")
     return saved
@@ -527,12 +568,18 @@ def _read_config(run_dir: str) -> dict[str, Any]:
         config = json.loads((Path(run_dir) / "config.json").read_text()) if run_dir else None
     except (OSError, ValueError):
         config = None
-    check(isinstance(config, dict) and isinstance(config.get("exp_name"), str),
-          f"{place}: no run is there; give a folder that has config.json and checkpoint.pt")
-    check(config.get("format") == FORMAT, f"{place}: that run was made by another version of this project, with which alone it "
-          "can go on; start it anew")
-    check(isinstance(config.get("data"), dict) and type(config["data"].get("fingerprint")) is int,
-          f"{place}: config.json lacks the data's fingerprint; put back the file that the run wrote")
+    check(
+        isinstance(config, dict) and isinstance(config.get("exp_name"), str),
+        f"{place}: no run is there; give a folder that has config.json and checkpoint.pt",
+    )
+    check(
+        config.get("format") == FORMAT,
+        f"{place}: that run was made by another version of this project, with which alone it can go on; start it anew",
+    )
+    check(
+        isinstance(config.get("data"), dict) and type(config["data"].get("fingerprint")) is int,
+        f"{place}: config.json lacks the data's fingerprint; put back the file that the run wrote",
+    )
     return config
 
 
@@ -560,13 +607,15 @@ class Run:
         """
         self.args, self.learner, self.score_name, self.device = args, learner, task.score_name, device
         self.exp_name, self.total_steps = Path(script).stem, args.total_steps
-        self.spaces = {"obs_dim": task.obs.shape[1], "action_low": torch.as_tensor(task.action_low),
-                       "action_high": torch.as_tensor(task.action_high)}
+        self.spaces = {
+            "obs_dim": task.obs.shape[1],
+            "action_low": torch.as_tensor(task.action_low),
+            "action_high": torch.as_tensor(task.action_high),
+        }
         self.step, self.train_seconds, self.logged_step, self.saved_step = 0, 0.0, 0, -1
         self.rows: list[dict[str, Any]] = []  # of eval.csv
         self.episodes: list[dict[str, Any]] = []  # one entry per evaluation: its returns, scores and lengths (K, E)
-        data = {"origin": task.origin, "transitions": len(task.obs), "fingerprint": task.fingerprint(),
-                "score": task.score_name}
+        data = {"origin": task.origin, "transitions": len(task.obs), "fingerprint": task.fingerprint(), "score": task.score_name}
         if args.resume is not None:
             config = _read_config(args.resume)
             self.dir = Path(args.resume)
@@ -588,36 +637,62 @@ class Run:
         packages = ("numpy", "gymnasium", "gymnasium-robotics", "mujoco", "minari")
         versions = {package: importlib.metadata.version(package) for package in packages}
         name = torch.cuda.get_device_name() if self.device.type == "cuda" else f"{platform.machine()} CPU"
-        config = {"format": FORMAT, "exp_name": self.exp_name, "args": dataclasses.asdict(self.args), "data": data, "device": name,
-                  "versions": {"python": platform.python_version(), "torch": torch.__version__, **versions}}
+        config = {
+            "format": FORMAT,
+            "exp_name": self.exp_name,
+            "args": dataclasses.asdict(self.args),
+            "data": data,
+            "device": name,
+            "versions": {"python": platform.python_version(), "torch": torch.__version__, **versions},
+        }
         write_atomically(self.dir / Path(script).name, Path(script).read_bytes())
         write_atomically(self.dir / "config.json", json.dumps(config, indent=2).encode())
         self.save()
 
     def _resume(self, config: dict[str, Any], data: dict[str, Any]) -> None:
         place, settings = f"--resume {self.dir}", dataclasses.asdict(self.args)
-        check(config["exp_name"] == self.exp_name,
-              f"{place}: that run was made by {config['exp_name']}.py, not {self.exp_name}.py; resume it with that")
+        check(
+            config["exp_name"] == self.exp_name,
+            f"{place}: that run was made by {config['exp_name']}.py, not {self.exp_name}.py; resume it with that",
+        )
         before = settings_from(type(self.args), config.get("args"), place)
-        _check_same(settings, before, lambda name, old, new: f"{place}: that run has {name} = {old}, not {new}; leave the flag out")
-        check(config["data"]["fingerprint"] == data["fingerprint"],
-              f"{place}: {data['origin']} is not the data that the run began with; put that back")
+        _check_same(
+            settings, before, lambda name, old, new: f"{place}: that run has {name} = {old}, not {new}; leave the flag out"
+        )
+        check(
+            config["data"]["fingerprint"] == data["fingerprint"],
+            f"{place}: {data['origin']} is not the data that the run began with; put that back",
+        )
         saved = open_checkpoint(self.dir / "checkpoint.pt", self.device)
         check(saved["exp_name"] == self.exp_name, f"{place}: its checkpoint is of {saved['exp_name']}.py, its config.json is not")
-        _check_same(settings, saved["args"], lambda name, old, new: f"{place}: its config.json has {name} = {new} and its "
-                    f"checkpoint {old}: they are of different runs")
-        check(0 <= saved["logged_step"] <= saved["step"] <= self.total_steps,
-              f"{place}: its checkpoint is after {saved['step']} updates, the whole run has {self.total_steps}")
+        _check_same(
+            settings,
+            saved["args"],
+            lambda name, old, new: (
+                f"{place}: its config.json has {name} = {new} and its checkpoint {old}: they are of different runs"
+            ),
+        )
+        check(
+            0 <= saved["logged_step"] <= saved["step"] <= self.total_steps,
+            f"{place}: its checkpoint is after {saved['step']} updates, the whole run has {self.total_steps}",
+        )
         random_state, cuda_state = saved["random_state"].cpu(), saved.get("cuda_random_state")
-        check(random_state.shape == torch.get_rng_state().shape and random_state.dtype == torch.uint8,
-              f"{place}: the checkpoint's random state is not this version of torch's")
+        check(
+            random_state.shape == torch.get_rng_state().shape and random_state.dtype == torch.uint8,
+            f"{place}: the checkpoint's random state is not this version of torch's",
+        )
         self.learner.load_state_dict(saved["learner"])
         torch.set_rng_state(random_state)
         if self.device.type == "cuda" and isinstance(cuda_state, torch.Tensor):
             torch.cuda.set_rng_state(cuda_state.cpu())
         self.step, self.logged_step, self.train_seconds = saved["step"], saved["logged_step"], saved["train_seconds"]
-        self.rows, self.episodes = saved["rows"], [{name: value.cpu() if isinstance(value, torch.Tensor) else value
-                                                    for name, value in entry.items()} for entry in saved["episodes"]]
+        self.rows, self.episodes = (
+            saved["rows"],
+            [
+                {name: value.cpu() if isinstance(value, torch.Tensor) else value for name, value in entry.items()}
+                for entry in saved["episodes"]
+            ],
+        )
         self.saved_step, self._saved_rows = self.step, len(self.rows)
         self._saved_at, self._save_seconds = time.perf_counter(), 0.0
         if self.rows:
@@ -662,8 +737,10 @@ class Run:
                 self.save()
                 print(f"stopped at update {self.step}; continue with --resume {self.dir}", file=sys.stderr)
             if kind is not None and issubclass(kind, OSError):
-                raise UserError(f"cannot write to {self.dir} ({error.strerror or line(error)}); its checkpoint of update "
-                                f"{self.saved_step} is good: make room and continue with --resume {self.dir}") from None
+                raise UserError(
+                    f"cannot write to {self.dir} ({error.strerror or line(error)}); its checkpoint of update "
+                    f"{self.saved_step} is good: make room and continue with --resume {self.dir}"
+                ) from None
         finally:
             self._lock_file.close()
 
@@ -678,8 +755,11 @@ class Run:
 
     def evaluation_due(self) -> bool:
         """Whether an evaluation belongs here and has not been done: every so many training epochs and at the end."""
-        due = self.step % self.args.steps_per_epoch == 0 and self.epoch >= 0 and (
-            self.step == self.total_steps or self.epoch > 0 and self.epoch % self.args.eval_every == 0)
+        due = (
+            self.step % self.args.steps_per_epoch == 0
+            and self.epoch >= 0
+            and (self.step == self.total_steps or self.epoch > 0 and self.epoch % self.args.eval_every == 0)
+        )
         return due and not any(row["epoch"] == self.epoch for row in self.rows)
 
     def until_log(self) -> int:
@@ -701,9 +781,11 @@ class Run:
         self.train_seconds += seconds
         self._clock = time.perf_counter()
         losses = dict(zip(sums, means))
-        check(bool(np.isfinite(means).all()),
-              f"update {self.step}: a loss is no longer finite ({', '.join(f'{k} {v:.3g}' for k, v in losses.items())}); "
-              f"{self.dir}/checkpoint.pt of update {self.saved_step} is good; try a lower --learning-rate")
+        check(
+            bool(np.isfinite(means).all()),
+            f"update {self.step}: a loss is no longer finite ({', '.join(f'{k} {v:.3g}' for k, v in losses.items())}); "
+            f"{self.dir}/checkpoint.pt of update {self.saved_step} is good; try a lower --learning-rate",
+        )
         losses = {name: mean for name, mean in losses.items() if mean}  # the others are not computed while pretraining
         for name, mean in losses.items():
             self.writer.add_scalar(f"losses/{name}", mean, self.step)
@@ -724,29 +806,55 @@ class Run:
         """Add an evaluation to eval.csv, episodes.csv, TensorBoard and the next checkpoint."""
         seeds = range(self.args.seed, self.args.seed + self.args.num_seeds)
         returns, scores, lengths = evaluation.returns, evaluation.scores, evaluation.lengths
-        rows = [{"epoch": self.epoch, "seed": seed, "return_mean": float(returns[i].mean()), "return_std": float(returns[i].std()),
-                 "score_mean": float(scores[i].mean()), "score_std": float(scores[i].std()),
-                 "length_mean": float(lengths[i].mean()), "episodes": returns.shape[1],
-                 "train_seconds": round(self.train_seconds, 3), "eval_seconds": evaluation.seconds}
-                for i, seed in enumerate(seeds)]
+        rows = [
+            {
+                "epoch": self.epoch,
+                "seed": seed,
+                "return_mean": float(returns[i].mean()),
+                "return_std": float(returns[i].std()),
+                "score_mean": float(scores[i].mean()),
+                "score_std": float(scores[i].std()),
+                "length_mean": float(lengths[i].mean()),
+                "episodes": returns.shape[1],
+                "train_seconds": round(self.train_seconds, 3),
+                "eval_seconds": evaluation.seconds,
+            }
+            for i, seed in enumerate(seeds)
+        ]
         self.rows += rows
-        self.episodes.append({"epoch": self.epoch, "return": torch.from_numpy(returns), "score": torch.from_numpy(scores),
-                              "length": torch.from_numpy(lengths)})
+        self.episodes.append(
+            {
+                "epoch": self.epoch,
+                "return": torch.from_numpy(returns),
+                "score": torch.from_numpy(scores),
+                "length": torch.from_numpy(lengths),
+            }
+        )
         self.save()  # before the tables, so that a row there is never one that a resumed run computes again
         self._write_tables()
         for name in ("return_mean", "score_mean", "length_mean"):
             for row in rows:
                 self.writer.add_scalar(f"eval/{name}_seed{row['seed']}", row[name], self.step)
             self.writer.add_scalar(f"eval/{name}", np.mean([row[name] for row in rows]), self.step)
-        self.progress.write(f"epoch {self.epoch}: {self.score_name} {_mean_and_spread(rows)}, "
-                            f"{np.mean([row['length_mean'] for row in rows]):.0f} steps per episode, {evaluation.seconds:.0f} s")
+        self.progress.write(
+            f"epoch {self.epoch}: {self.score_name} {_mean_and_spread(rows)}, "
+            f"{np.mean([row['length_mean'] for row in rows]):.0f} steps per episode, {evaluation.seconds:.0f} s"
+        )
         self._clock = time.perf_counter()  # evaluation is not training time
 
     def _write_tables(self) -> None:
         write_atomically(self.dir / "eval.csv", to_csv(EVAL_FIELDS, self.rows))
-        rows = [{"epoch": entry["epoch"], "seed": self.args.seed + i, "episode": episode,
-                 **{name: entry[name][i, episode].item() for name in ("return", "score", "length")}}
-                for entry in self.episodes for i in range(len(entry["return"])) for episode in range(entry["return"].shape[1])]
+        rows = [
+            {
+                "epoch": entry["epoch"],
+                "seed": self.args.seed + i,
+                "episode": episode,
+                **{name: entry[name][i, episode].item() for name in ("return", "score", "length")},
+            }
+            for entry in self.episodes
+            for i in range(len(entry["return"]))
+            for episode in range(entry["return"].shape[1])
+        ]
         write_atomically(self.dir / "episodes.csv", to_csv(EPISODE_FIELDS, rows))
 
     def save(self) -> None:
@@ -755,15 +863,25 @@ class Run:
             return
         start = time.perf_counter()
         checkpoint = {
-            "format": FORMAT, "exp_name": self.exp_name, "args": dataclasses.asdict(self.args), "spaces": self.spaces,
-            "step": self.step, "logged_step": self.logged_step, "rows": self.rows, "episodes": self.episodes,
-            "train_seconds": self.train_seconds, "learner": self.learner.state_dict(), "random_state": torch.get_rng_state(),
+            "format": FORMAT,
+            "exp_name": self.exp_name,
+            "args": dataclasses.asdict(self.args),
+            "spaces": self.spaces,
+            "step": self.step,
+            "logged_step": self.logged_step,
+            "rows": self.rows,
+            "episodes": self.episodes,
+            "train_seconds": self.train_seconds,
+            "learner": self.learner.state_dict(),
+            "random_state": torch.get_rng_state(),
             "cuda_random_state": torch.cuda.get_rng_state() if self.args.cuda else None,
         }
         params = [param for network in checkpoint["learner"]["params"].values() for param in network.values()]
-        check(all(bool(param.isfinite().all()) for param in params),
-              f"update {self.step}: a parameter is no longer finite; {self.dir}/checkpoint.pt of update {self.saved_step} "
-              "is good; try a lower --learning-rate")
+        check(
+            all(bool(param.isfinite().all()) for param in params),
+            f"update {self.step}: a parameter is no longer finite; {self.dir}/checkpoint.pt of update {self.saved_step} "
+            "is good; try a lower --learning-rate",
+        )
         content = io.BytesIO()
         torch.save(checkpoint, content)
         try:
@@ -771,7 +889,9 @@ class Run:
         except UserError as error:
             if self.saved_step < 0:
                 raise
-            raise UserError(f"{error}; the checkpoint of update {self.saved_step} is good: continue with --resume {self.dir}") from None
+            raise UserError(
+                f"{error}; the checkpoint of update {self.saved_step} is good: continue with --resume {self.dir}"
+            ) from None
         self.saved_step, self._saved_rows = self.step, len(self.rows)
         self._saved_at = time.perf_counter()
         self._save_seconds = self._saved_at - start
@@ -781,9 +901,11 @@ class Run:
         epochs = sorted({row["epoch"] for row in self.rows})
         by_epoch = {epoch: [row for row in self.rows if row["epoch"] == epoch] for epoch in epochs}
         best = max(epochs, key=lambda epoch: np.mean([row["score_mean"] for row in by_epoch[epoch]]))
-        print(f"{self.args.env_id}: {self.score_name} {_mean_and_spread(by_epoch[epochs[-1]])} (last), "
-              f"{_mean_and_spread(by_epoch[best])} (best, epoch {best}); {self.args.num_seeds} model(s), "
-              f"{self.train_seconds / 60:.1f} min of training, {self.dir}")
+        print(
+            f"{self.args.env_id}: {self.score_name} {_mean_and_spread(by_epoch[epochs[-1]])} (last), "
+            f"{_mean_and_spread(by_epoch[best])} (best, epoch {best}); {self.args.num_seeds} model(s), "
+            f"{self.train_seconds / 60:.1f} min of training, {self.dir}"
+        )
         return {"run_dir": str(self.dir), "rows": self.rows}
 
 

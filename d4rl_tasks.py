@@ -65,9 +65,17 @@ class AntMazeEnv(AntEnv):
             for col, symbol in enumerate(line):
                 if symbol == "1":
                     x, y = position(col, row)
-                    ET.SubElement(tree.find("worldbody"), "geom", name=f"block_{row}_{col}", type="box",
-                                  pos=f"{x} {y} {WALL_HEIGHT / 2}", size=f"{CELL / 2} {CELL / 2} {WALL_HEIGHT / 2}",
-                                  contype="1", conaffinity="1", rgba="0.4 0.4 0.4 1")
+                    ET.SubElement(
+                        tree.find("worldbody"),
+                        "geom",
+                        name=f"block_{row}_{col}",
+                        type="box",
+                        pos=f"{x} {y} {WALL_HEIGHT / 2}",
+                        size=f"{CELL / 2} {CELL / 2} {WALL_HEIGHT / 2}",
+                        contype="1",
+                        conaffinity="1",
+                        rgba="0.4 0.4 0.4 1",
+                    )
         with tempfile.NamedTemporaryFile(suffix=".xml") as file:  # MuJoCo reads models from files
             tree.write(file)
             file.flush()
@@ -128,8 +136,9 @@ def make_kitchen(**kwargs) -> gym.Env:
     from gymnasium_robotics.envs.franka_kitchen.kitchen_env import KitchenEnv
 
     # 0.1 is D4RL's observation noise of the robot. A completed task is paid once.
-    return KitchenObservation(KitchenEnv(robot_noise_ratio=0.1, terminate_on_tasks_completed=True,
-                                         remove_task_when_completed=True, **kwargs))
+    return KitchenObservation(
+        KitchenEnv(robot_noise_ratio=0.1, terminate_on_tasks_completed=True, remove_task_when_completed=True, **kwargs)
+    )
 
 
 class D4RLTask(NamedTuple):
@@ -161,8 +170,16 @@ def _tasks() -> dict[str, D4RLTask]:
         for level in ("medium", "medium-replay", "medium-expert"):
             minari = f"mujoco/{env}/medium-v0" if level == "medium" else None
             tasks[f"{env}-{level}-v2"] = D4RLTask(
-                f"gym_mujoco_v2/{env}_{level.replace('-', '_')}-v2.hdf5", low, high, 1000, entry_point, {}, obs_dim,
-                action_dim, minari, "other policies, v5 environments, no reference scores" if minari else "",
+                f"gym_mujoco_v2/{env}_{level.replace('-', '_')}-v2.hdf5",
+                low,
+                high,
+                1000,
+                entry_point,
+                {},
+                obs_dim,
+                action_dim,
+                minari,
+                "other policies, v5 environments, no reference scores" if minari else "",
             )
     for name, maze, file in (
         ("umaze", "umaze", "u-maze_noisy_multistart_False_multigoal_False"),
@@ -174,14 +191,29 @@ def _tasks() -> dict[str, D4RLTask]:
     ):
         for version, folder, suffix in (("v0", "ant_maze_new", "sparse"), ("v2", "ant_maze_v2", "sparse_fixed")):
             tasks[f"antmaze-{name}-{version}"] = D4RLTask(
-                f"{folder}/Ant_maze_{file}_{suffix}.hdf5", 0.0, 1.0, 700 if maze == "umaze" else 1000, AntMazeEnv,
-                {"maze": maze, "resample_goal": version == "v2"}, 29, 8, f"D4RL/antmaze/{name}-v1",
+                f"{folder}/Ant_maze_{file}_{suffix}.hdf5",
+                0.0,
+                1.0,
+                700 if maze == "umaze" else 1000,
+                AntMazeEnv,
+                {"maze": maze, "resample_goal": version == "v2"},
+                29,
+                8,
+                f"D4RL/antmaze/{name}-v1",
                 "another ant policy and frame, episodes go on at the goal",
             )
     for level in ("human", "cloned"):
         tasks[f"pen-{level}-v1"] = D4RLTask(
-            f"hand_dapg_v1/pen-{level}-v1.hdf5", 96.262799, 3076.8331017826877, 100, make_pen, {}, 45, 24,
-            f"D4RL/pen/{level}-v2", "replayed actions, 200 steps, goes on with a dropped pen: returns about twice as high",
+            f"hand_dapg_v1/pen-{level}-v1.hdf5",
+            96.262799,
+            3076.8331017826877,
+            100,
+            make_pen,
+            {},
+            45,
+            24,
+            f"D4RL/pen/{level}-v2",
+            "replayed actions, 200 steps, goes on with a dropped pen: returns about twice as high",
         )
     first_two, last_two = ["microwave", "kettle"], ["light switch", "slide cabinet"]
     for level, file, elements in (
@@ -190,8 +222,16 @@ def _tasks() -> dict[str, D4RLTask]:
         ("mixed", "kitchen_microwave_kettle_bottomburner_light-v0", first_two + ["bottom burner", "light switch"]),
     ):
         tasks[f"kitchen-{level}-v0"] = D4RLTask(
-            f"kitchen/{file}.hdf5", 0.0, 4.0, 280, make_kitchen, {"tasks_to_complete": elements}, 60, 9,
-            f"D4RL/kitchen/{level}-v2", "replayed, 59 numbers instead of 60, the stored environment accumulates reward",
+            f"kitchen/{file}.hdf5",
+            0.0,
+            4.0,
+            280,
+            make_kitchen,
+            {"tasks_to_complete": elements},
+            60,
+            9,
+            f"D4RL/kitchen/{level}-v2",
+            "replayed, 59 numbers instead of 60, the stored environment accumulates reward",
         )
     return tasks
 
@@ -201,8 +241,7 @@ TASKS = _tasks()
 for _id, _task in TASKS.items():
     for _name in (f"d4rl/{_id}", _id):
         if _name not in gym.registry:
-            gym.register(_name, _task.entry_point, max_episode_steps=_task.limit, kwargs=_task.kwargs,
-                         disable_env_checker=True)
+            gym.register(_name, _task.entry_point, max_episode_steps=_task.limit, kwargs=_task.kwargs, disable_env_checker=True)
 
 
 _PAGE = """# Tasks
@@ -238,14 +277,27 @@ Score = 100 (return - lower reference) / (upper - lower).
 def _page() -> str:
     """docs/tasks.md."""
     head = ("id", "file", "environment", "steps", "reference returns", "nearest Minari data", "why that is not the same")
-    environments = {"halfcheetah": "`HalfCheetah-v4`", "hopper": "`Hopper-v4`", "walker2d": "`Walker2d-v4`",
-                    "antmaze": "`AntMazeEnv`, D4RL's physics and frame", "pen": "`AdroitHandPen-v1`, ends when dropped",
-                    "kitchen": "`FrankaKitchen-v1`, 60-d observation"}
+    environments = {
+        "halfcheetah": "`HalfCheetah-v4`",
+        "hopper": "`Hopper-v4`",
+        "walker2d": "`Walker2d-v4`",
+        "antmaze": "`AntMazeEnv`, D4RL's physics and frame",
+        "pen": "`AdroitHandPen-v1`, ends when dropped",
+        "kitchen": "`FrankaKitchen-v1`, 60-d observation",
+    }
     rows = [head, ["---"] * len(head)]
     for name, task in TASKS.items():
-        rows.append((f"`{name}`", f"`{task.file}`", environments[name.split("-")[0]], task.limit,
-                     f"{task.min_score:g} to {task.max_score:g}", f"`{task.minari}`" if task.minari else "none",
-                     task.difference or "-"))
+        rows.append(
+            (
+                f"`{name}`",
+                f"`{task.file}`",
+                environments[name.split("-")[0]],
+                task.limit,
+                f"{task.min_score:g} to {task.max_score:g}",
+                f"`{task.minari}`" if task.minari else "none",
+                task.difference or "-",
+            )
+        )
     return _PAGE.format(rows="\n".join(f"| {' | '.join(map(str, row))} |" for row in rows))
 
 

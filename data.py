@@ -51,8 +51,20 @@ class Task(NamedTuple):
     def without_data(cls, obs_dim: int, action_low: np.ndarray, action_high: np.ndarray) -> "Task":
         """What an agent that is only deployed needs to know of its task."""
         none = lambda *shape: np.zeros(shape, np.float32)
-        return cls(none(0, obs_dim), none(0, len(action_low)), none(0), none(0), none(0, obs_dim), gym.Env, lambda x: x, "return",
-                   False, "nowhere", np.asarray(action_low), np.asarray(action_high))
+        return cls(
+            none(0, obs_dim),
+            none(0, len(action_low)),
+            none(0),
+            none(0),
+            none(0, obs_dim),
+            gym.Env,
+            lambda x: x,
+            "return",
+            False,
+            "nowhere",
+            np.asarray(action_low),
+            np.asarray(action_high),
+        )
 
     def fingerprint(self) -> int:
         """Checksum of the transitions, to tell on `--resume` that they are still the same."""
@@ -88,17 +100,23 @@ def _check_and_scale(task: Task) -> Task:
     """Refuse data that cannot be trained on; scale actions from the environment's bounds to [-1, 1]."""
     check(len(task.obs) > 0, f"{task.origin} holds no transitions: give a complete data set")
     for name in ("obs", "actions", "rewards", "terminals", "next_obs"):
-        check(bool(np.isfinite(getattr(task, name)).all()),
-              f"{task.origin} holds NaN or infinite {name}: repair the data or fetch it again")
+        check(
+            bool(np.isfinite(getattr(task, name)).all()),
+            f"{task.origin} holds NaN or infinite {name}: repair the data or fetch it again",
+        )
     env = task.make_env()
     obs_dim, space = env.observation_space.shape[0], env.action_space
     env.close()
-    check(task.obs.shape[1] == obs_dim and task.actions.shape[1] == space.shape[0],
-          f"{task.origin} has observations of size {task.obs.shape[1]} and actions of size {task.actions.shape[1]}, its "
-          f"environment {obs_dim} and {space.shape[0]}: this is data of another task")
+    check(
+        task.obs.shape[1] == obs_dim and task.actions.shape[1] == space.shape[0],
+        f"{task.origin} has observations of size {task.obs.shape[1]} and actions of size {task.actions.shape[1]}, its "
+        f"environment {obs_dim} and {space.shape[0]}: this is data of another task",
+    )
     actions = 2 * (task.actions - space.low) / (space.high - space.low) - 1
-    check(bool((np.abs(actions) <= 1 + 1e-4).all()),
-          f"{task.origin} has actions outside the environment's bounds: repair the data or fetch it again")
+    check(
+        bool((np.abs(actions) <= 1 + 1e-4).all()),
+        f"{task.origin} has actions outside the environment's bounds: repair the data or fetch it again",
+    )
     return task._replace(actions=actions.clip(-1, 1).astype(np.float32), action_low=space.low, action_high=space.high)
 
 
@@ -122,16 +140,20 @@ def return_range(task: Task) -> float:
     starts = np.concatenate(([0], np.flatnonzero(ends[:-1]) + 1))
     returns = np.add.reduceat(task.rewards.astype(np.float64), starts)
     difference = float(returns.max() - returns.min())
-    check(difference > 0, f"{task.origin}: all {len(returns)} episodes have the same return, by whose range rewards are scaled: "
-          "give a data set with better and worse episodes")
+    check(
+        difference > 0,
+        f"{task.origin}: all {len(returns)} episodes have the same return, by whose range rewards are scaled: "
+        "give a data set with better and worse episodes",
+    )
     return difference
 
 
 def _check_env(env: gym.Env, name: str) -> gym.Env:
     """Flatten dictionary observations; insist on a bounded Box of actions."""
-    check(isinstance(env.action_space, gym.spaces.Box) and env.action_space.is_bounded() and
-          len(env.action_space.shape) == 1,
-          f"{name}: actions must be a bounded vector (Box), not {env.action_space}; take a continuous task")
+    check(
+        isinstance(env.action_space, gym.spaces.Box) and env.action_space.is_bounded() and len(env.action_space.shape) == 1,
+        f"{name}: actions must be a bounded vector (Box), not {env.action_space}; take a continuous task",
+    )
     if not isinstance(env.observation_space, gym.spaces.Box) or len(env.observation_space.shape) != 1:
         env = gym.wrappers.FlattenObservation(env)
     return env
@@ -157,12 +179,16 @@ def d4rl_transitions(file: Path, limit: int) -> dict[str, np.ndarray]:
     missing = [key for key in keys if key not in arrays]
     check(not missing, f"{file} lacks the key(s) {', '.join(missing)}: delete it to download it again")
     for key, dimensions in keys.items():
-        check(arrays[key].ndim == dimensions and len(arrays[key]) == len(arrays["observations"]),
-              f"{file}: {key} has shape {arrays[key].shape}, which does not fit observations "
-              f"{arrays['observations'].shape}: this is not D4RL's format")
+        check(
+            arrays[key].ndim == dimensions and len(arrays[key]) == len(arrays["observations"]),
+            f"{file}: {key} has shape {arrays[key].shape}, which does not fit observations "
+            f"{arrays['observations'].shape}: this is not D4RL's format",
+        )
     for key in arrays.keys() & {"terminals", "timeouts"}:
-        check(bool(np.isin(arrays[key], (0, 1)).all()),
-              f"{file}: {key} hold something else than 0 and 1: repair the data or delete it to download it again")
+        check(
+            bool(np.isin(arrays[key], (0, 1)).all()),
+            f"{file}: {key} hold something else than 0 and 1: repair the data or delete it to download it again",
+        )
     terminals = arrays["terminals"].astype(bool)
     if "timeouts" in arrays:
         final = arrays["timeouts"].astype(bool)
@@ -257,10 +283,14 @@ def _load_minari(env_id: str) -> Task:
     except UserError:
         raise
     except (Exception, SystemExit) as error:
-        raise UserError(f"Minari data set {env_id} is neither in {_minari_root()} nor can it be downloaded "
-                        f"({line(error)}): `minari list remote` shows what there is") from None
-    check(isinstance(dataset.action_space, gym.spaces.Box),
-          f"{env_id}: actions must be a bounded vector (Box), not {dataset.action_space}; take a continuous task")
+        raise UserError(
+            f"Minari data set {env_id} is neither in {_minari_root()} nor can it be downloaded "
+            f"({line(error)}): `minari list remote` shows what there is"
+        ) from None
+    check(
+        isinstance(dataset.action_space, gym.spaces.Box),
+        f"{env_id}: actions must be a bounded vector (Box), not {dataset.action_space}; take a continuous task",
+    )
     # Where the data's environment goes on at the goal, or pays a finished task again and again, evaluation does not
     options = {"continuing_task": False, "terminate_on_tasks_completed": True, "remove_task_when_completed": True}
     try:
@@ -294,8 +324,10 @@ def _load_minari(env_id: str) -> Task:
 
     low, high = (dataset.storage.metadata.get(f"ref_{bound}_score") for bound in ("min", "max"))
     known = low is not None and high is not None
-    check(not known or bool(np.isfinite([low, high]).all()) and low < high,
-          f"{env_id}: its reference scores, {low} and {high}, give no scale: repair its metadata, or take them out")
+    check(
+        not known or bool(np.isfinite([low, high]).all()) and low < high,
+        f"{env_id}: its reference scores, {low} and {high}, give no scale: repair its metadata, or take them out",
+    )
     return Task(
         **{name: np.concatenate(arrays).astype(np.float32) for name, arrays in parts.items()},
         make_env=make_env,
@@ -400,7 +432,15 @@ def collect_demo() -> None:
                     steps += 1
                     progress.update()
         evaluation_env = make(maze_map=evaluation_map)
-        env.create_dataset(DEMO_ID, eval_env=evaluation_env, algorithm_name="PD controller between random cells",
-                           author="DTQL", author_email="none", code_permalink="none", ref_min_score=0.0,
-                           ref_max_score=1.0, description="The demo task of the DTQL scripts")
+        env.create_dataset(
+            DEMO_ID,
+            eval_env=evaluation_env,
+            algorithm_name="PD controller between random cells",
+            author="DTQL",
+            author_email="none",
+            code_permalink="none",
+            ref_min_score=0.0,
+            ref_max_score=1.0,
+            description="The demo task of the DTQL scripts",
+        )
         env.close()

@@ -70,19 +70,25 @@ def task_defaults(env_id: str) -> dict[str, Any]:
         return {}
     domain = data.domain(env_id)
     expectile, beta, dropout = SETTINGS.get(data.d4rl_id(env_id), SETTINGS.get(domain, SETTINGS["locomotion"]))
-    return dict(expectile=expectile, beta=beta, dropout=dropout, epochs=1000,
-                eval_episodes=100 if domain in ("antmaze", "pen", "kitchen") else 10)
+    return dict(
+        expectile=expectile,
+        beta=beta,
+        dropout=dropout,
+        epochs=1000,
+        eval_episodes=100 if domain in ("antmaze", "pen", "kitchen") else 10,
+    )
 
 
 def check_args(args: Args) -> None:
     """Raise UserError for settings that cannot work."""
     common.check_args(args)
-    common.check_range(args, expectile="(0, 1)", beta="[0, inf)", dropout="[0, 1)", learning_rate="(0, inf)", gamma="[0, 1]",
-                       tau="(0, 1]")
+    common.check_range(
+        args, expectile="(0, 1)", beta="[0, inf)", dropout="[0, 1)", learning_rate="(0, inf)", gamma="[0, 1]", tau="(0, 1]"
+    )
 
 
 def transform_rewards(task: data.Task, env_id: str) -> np.ndarray:
-    """Rewards (N,) as they are trained on: sparse mazes r - 1, locomotion with returns over a range of 1000, others as they are."""
+    """Rewards (N,) to train on: sparse mazes r - 1, locomotion with returns over a range of 1000, others as they are."""
     if task.sparse_goal:
         return task.rewards - 1
     if data.domain(env_id) == "locomotion" and len(task.rewards):
@@ -101,7 +107,7 @@ def mlp(inputs: int, outputs: int) -> nn.Sequential:
         nn.Linear(inputs, HIDDEN), nn.ReLU(),
         nn.Linear(HIDDEN, HIDDEN), nn.ReLU(),
         nn.Linear(HIDDEN, outputs),
-    )
+    )  # fmt: skip
     for layer in net:
         if isinstance(layer, nn.Linear):
             nn.init.orthogonal_(layer.weight, math.sqrt(2))

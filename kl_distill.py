@@ -89,8 +89,13 @@ def task_defaults(env_id: str) -> dict[str, Any]:
     name = data.d4rl_id(env_id) or ""  # Minari's data of the same task takes the same row
     alpha, expectile, _, epochs, learning_rate, lr_decay = TABLE_4.get(name, (5, 0.7, False, 1000, 3e-4, False))
     return dict(
-        alpha=float(alpha), expectile=expectile, epochs=epochs, learning_rate=learning_rate, lr_decay=lr_decay,
-        pretrain_epochs=50, batch_size=2048 if name.startswith("antmaze") else 256,
+        alpha=float(alpha),
+        expectile=expectile,
+        epochs=epochs,
+        learning_rate=learning_rate,
+        lr_decay=lr_decay,
+        pretrain_epochs=50,
+        batch_size=2048 if name.startswith("antmaze") else 256,
         eval_episodes=100 if name.startswith(("antmaze", "pen", "kitchen")) else 10,
     )
 
@@ -98,8 +103,16 @@ def task_defaults(env_id: str) -> dict[str, Any]:
 def check_args(args: Args) -> None:
     """Raise UserError for settings that cannot work."""
     common.check_args(args)
-    common.check_range(args, alpha="[0, inf)", expectile="(0, 1)", learning_rate="(0, inf)", gamma="[0, 1]", tau="(0, 1]",
-                       pretrain_epochs="[0, 1e9]", num_candidates="[1, 1e6]")
+    common.check_range(
+        args,
+        alpha="[0, inf)",
+        expectile="(0, 1)",
+        learning_rate="(0, inf)",
+        gamma="[0, 1]",
+        tau="(0, 1]",
+        pretrain_epochs="[0, 1e9]",
+        num_candidates="[1, 1e6]",
+    )
 
 
 # ---- EDM schedule (Appendix B; Karras et al. 2022) -------------------------------------------------------------------
@@ -137,7 +150,7 @@ class Denoiser(nn.Module):
             nn.Linear(HIDDEN, HIDDEN), Mish(),
             nn.Linear(HIDDEN, HIDDEN), Mish(),
             nn.Linear(HIDDEN, action_dim),
-        )
+        )  # fmt: skip
         self.register_buffer("frequencies", 10000 ** (-torch.arange(8) / 7), persistent=False)
 
     def forward(self, noisy_actions: Tensor, sigma: Tensor, obs: Tensor) -> Tensor:
@@ -157,7 +170,7 @@ class Critic(nn.Module):
             nn.Linear(HIDDEN, HIDDEN), nn.LayerNorm(HIDDEN), Mish(),
             nn.Linear(HIDDEN, HIDDEN), nn.LayerNorm(HIDDEN), Mish(),
             nn.Linear(HIDDEN, 1),
-        )
+        )  # fmt: skip
 
     def forward(self, obs: Tensor, actions: Tensor) -> Tensor:
         return self.net(torch.cat((obs, actions), -1)).squeeze(-1)
@@ -173,7 +186,7 @@ class Value(nn.Module):
             nn.Linear(HIDDEN, HIDDEN), Mish(),
             nn.Linear(HIDDEN, HIDDEN), Mish(),
             nn.Linear(HIDDEN, 1),
-        )
+        )  # fmt: skip
 
     def forward(self, obs: Tensor) -> Tensor:
         return self.net(obs).squeeze(-1)
@@ -235,8 +248,7 @@ class KLDistill:
         self.actor = Net(lambda: ImplicitActor(*dims), device)
         self.fake = Net(lambda: Denoiser(*dims), device)
 
-        nets = {"critic": self.critic, "value": self.value, "denoiser": self.denoiser, "actor": self.actor,
-                "fake": self.fake}
+        nets = {"critic": self.critic, "value": self.value, "denoiser": self.denoiser, "actor": self.actor, "fake": self.fake}
         metrics = ["critic", "value", "denoiser", "actor", "kl", "q", "fake"]
         self.models = stacked.Learner(nets, range(args.seed, args.seed + args.num_seeds), metrics, device, args.compile)
         self.models.add_target("target_critic", "critic")
@@ -245,8 +257,16 @@ class KLDistill:
         self.models.optimize(self.actor_loss, "actor", lr=args.learning_rate / 10)
         self.models.optimize(self.fake_loss, "fake", lr=args.learning_rate)
         self.train_step = self.models.buffers["train_step"] = torch.zeros((), device=device)  # updates after pretraining
-        self.best_of = stacked.BestOf(self.sample, self.target_q, ("actor", "target_critic"),
-                                      args.num_candidates if args.q else 1, task.action_low, task.action_high, device, args.compile)
+        self.best_of = stacked.BestOf(
+            self.sample,
+            self.target_q,
+            ("actor", "target_critic"),
+            args.num_candidates if args.q else 1,
+            task.action_low,
+            task.action_high,
+            device,
+            args.compile,
+        )
 
     def denoise(self, params: Params) -> Callable[..., Tensor]:
         """The diffusion policy with `params`; what it predicts is clamped to the actions there are."""
@@ -267,8 +287,7 @@ class KLDistill:
         loss = denoising_loss(self.denoise(p["denoiser"]), batch.actions, batch.obs, sigma, noise)
         return loss, {"denoiser": loss}
 
-    def actor_loss(self, p: dict[str, Params], batch: Batch, z: Tensor, sigma: Tensor,
-                   noise: Tensor) -> tuple[Tensor, Params]:
+    def actor_loss(self, p: dict[str, Params], batch: Batch, z: Tensor, sigma: Tensor, noise: Tensor) -> tuple[Tensor, Params]:
         """Eq. 5 with the KL divergence in place of the trust region. Both diffusion models and the critic are fixed."""
         actions = self.sample(p, batch.obs, z)
         # The fake score's prediction is not clamped: an action beyond the bounds must be seen there to be pulled back
@@ -321,8 +340,9 @@ class KLDistill:
         return self.critic(p["target_critic"], obs, actions, copy=copy)
 
 
-def load_policy(checkpoint: str, index: int = 0, num_candidates: int | None = None, device: str = "cpu",
-                seed: int = 0) -> Callable[[np.ndarray], np.ndarray]:
+def load_policy(
+    checkpoint: str, index: int = 0, num_candidates: int | None = None, device: str = "cpu", seed: int = 0
+) -> Callable[[np.ndarray], np.ndarray]:
     """The deployed policy of model `index` in a checkpoint.
 
     Returns a callable from one observation (S,) or a batch (B, S) to actions (A,) or (B, A) in the environment's own
@@ -351,8 +371,9 @@ def main(args: Args) -> dict[str, Any]:
     envs = common.make_lockstep_envs(task, args)
     common.seed_everything(args.seed, args.torch_deterministic)
     agent = KLDistill(args, task, device)
-    prepare = functools.cache(lambda training: agent.models.prepare(
-        functools.partial(agent.update, training), args.cudagraphs and args.cuda))
+    prepare = functools.cache(
+        lambda training: agent.models.prepare(functools.partial(agent.update, training), args.cudagraphs and args.cuda)
+    )
 
     with contextlib.closing(envs), common.Run(__file__, args, task, agent.models, device) as run:
         while True:

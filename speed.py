@@ -67,8 +67,9 @@ PAPER_UPDATES = 1_050_000  # 50 epochs of pretraining and 1000 of training (Tabl
 def random_task() -> data.Task:
     """An AntMaze with random transitions: what the numbers are does not change the time."""
     draw = np.random.default_rng(0).uniform
-    columns = (draw(-1, 1, shape).astype(np.float32)
-               for shape in ((ROWS, OBS_DIM), (ROWS, ACTION_DIM), ROWS, ROWS, (ROWS, OBS_DIM)))
+    columns = (
+        draw(-1, 1, shape).astype(np.float32) for shape in ((ROWS, OBS_DIM), (ROWS, ACTION_DIM), ROWS, ROWS, (ROWS, OBS_DIM))
+    )
     bounds = -np.ones(ACTION_DIM, np.float32), np.ones(ACTION_DIM, np.float32)
     return data.Task(*columns, lambda: gym.make(ENV_ID), lambda r: r, "return", False, "random", *bounds)
 
@@ -108,8 +109,9 @@ class Plain:
         self.targets = copy.deepcopy(self.qs)
         self.v, self.denoiser = mlp(OBS_DIM, 1).to(device), PlainDenoiser().to(device)
         self.actor = mlp(OBS_DIM, 2 * ACTION_DIM, nn.ReLU).to(device)
-        self.optimizers = {net: torch.optim.Adam(net.parameters(), 3e-4, foreach=False)
-                           for net in (*self.qs, self.v, self.denoiser, self.actor)}
+        self.optimizers = {
+            net: torch.optim.Adam(net.parameters(), 3e-4, foreach=False) for net in (*self.qs, self.v, self.denoiser, self.actor)
+        }
 
     def step(self, net: nn.Module, loss: Tensor) -> None:
         self.optimizers[net].zero_grad()
@@ -209,8 +211,14 @@ def in_turn(functions: dict[str, Callable[[], object]], rounds: int, device: tor
 
 def summary(rates: list[float], reference: list[float]) -> dict[str, float]:
     ratios = [a / b for a, b in zip(rates, reference)]
-    values = {"per_second": statistics.median(rates), "low": min(rates), "high": max(rates),
-              "ratio": statistics.median(ratios), "ratio_low": min(ratios), "ratio_high": max(ratios)}
+    values = {
+        "per_second": statistics.median(rates),
+        "low": min(rates),
+        "high": max(rates),
+        "ratio": statistics.median(ratios),
+        "ratio_low": min(ratios),
+        "ratio_high": max(ratios),
+    }
     return {name: float(f"{value:.4g}") for name, value in values.items()}
 
 
@@ -249,8 +257,7 @@ def measure_training(task: data.Task, models: int, batch_size: int, rounds: int,
     rates = in_turn(functions, rounds, device)
     rows = []
     for name, values in rates.items():
-        row = {"what": "updates", "variant": name, "models": models, "batch": batch_size,
-               **summary(values, rates["eager"])}
+        row = {"what": "updates", "variant": name, "models": models, "batch": batch_size, **summary(values, rates["eager"])}
         if "plain" in rates:
             row["ratio_to_plain"] = summary(values, rates["plain"])["ratio"]
         row["model_updates_per_second"] = float(f"{models * row['per_second']:.4g}")
@@ -269,8 +276,10 @@ PAPER = dict(env_id=ENV_ID.removeprefix("d4rl/"), nll=True, lr_decay=True, epoch
 def measure_evaluation(task: data.Task, rounds: int, device: torch.device) -> list[dict]:
     """Steps per second of an AntMaze: all episodes in lock-step, against one environment at a time."""
     torch.compiler.reset()
-    agents = {name: dtql.DTQL(dtql.Args(cuda=device.type == "cuda", compile=compiled, **PAPER), task, device)
-              for name, compiled in (("eager", False), ("compile", True))}
+    agents = {
+        name: dtql.DTQL(dtql.Args(cuda=device.type == "cuda", compile=compiled, **PAPER), task, device)
+        for name, compiled in (("eager", False), ("compile", True))
+    }
     plain, generator = Plain(task, 256, device), torch.Generator(device).manual_seed(0)
     states = np.zeros((1, 100, OBS_DIM), np.float32)
 
@@ -283,16 +292,25 @@ def measure_evaluation(task: data.Task, rounds: int, device: torch.device) -> li
         return [{"what": what, "variant": name, **summary(values, scaled["plain"])} for name, values in scaled.items()]
 
     variants = [(name, number) for name in agents for number in (1, 10, 100)]
-    rows = report("actions", {"plain": (lambda: plain.act(states[0, :1]), 1)} | {
-        f"{name}, {number} states": (functools.partial(act, name, states[:, :number]), number) for name, number in variants})
+    rows = report(
+        "actions",
+        {"plain": (lambda: plain.act(states[0, :1]), 1)}
+        | {f"{name}, {number} states": (functools.partial(act, name, states[:, :number]), number) for name, number in variants},
+    )
 
     single, copies = task.make_env(), common.LockstepEnvs(task.make_env, range(10))
     everyone = np.arange(10)
     single.reset(seed=0)
     copies.reset(everyone, everyone)
     # An episode has 1000 steps; time goes on counting after that, which does not change what a step costs
-    rows += report("environment steps", {"plain": (lambda: single.unwrapped.step(plain.act(states[0, :1])[0]), 1)} | {
-        f"{name}, 10 in lock-step": (lambda name=name: copies.step(everyone, act(name, states[:, :10])[0]), 10) for name in agents})
+    rows += report(
+        "environment steps",
+        {"plain": (lambda: single.unwrapped.step(plain.act(states[0, :1])[0]), 1)}
+        | {
+            f"{name}, 10 in lock-step": (lambda name=name: copies.step(everyone, act(name, states[:, :10])[0]), 10)
+            for name in agents
+        },
+    )
     copies.close()
     if device.type == "cuda":
         args = dtql.Args(eval_episodes=100, **PAPER)

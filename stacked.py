@@ -11,7 +11,6 @@ parameters by network, p["actor"]["net.0.weight"]: (256, S); the inputs are its 
 the models, their sum is differentiated once, and Adam is elementwise: each model gets exactly its own gradient.
 """
 
-import contextlib
 import math
 import sys
 import time
@@ -69,7 +68,7 @@ class Net:
         return stack(fresh) if self.copies else detach(fresh[0])
 
     def __call__(self, params: Params, *inputs: Tensor, copy: int | None = None) -> Any:
-        """The module's output for one model's `params`; with copies all of theirs along a new first dimension, or that of `copy`."""
+        """The module's output for one model's `params`; with copies (copies, ...), or that of one `copy`."""
         if copy is not None:
             params = {name: param[copy] for name, param in params.items()}
         if self.copies is None or copy is not None:
@@ -90,8 +89,15 @@ class Batch(NamedTuple):
 class Transitions:
     """N transitions on the device, as one matrix `rows`, so that a minibatch is one gather."""
 
-    def __init__(self, obs: np.ndarray, actions: np.ndarray, rewards: np.ndarray, terminals: np.ndarray, next_obs: np.ndarray,
-                 device: torch.device):
+    def __init__(
+        self,
+        obs: np.ndarray,
+        actions: np.ndarray,
+        rewards: np.ndarray,
+        terminals: np.ndarray,
+        next_obs: np.ndarray,
+        device: torch.device,
+    ):
         columns = (obs, actions, rewards[:, None], terminals[:, None], next_obs)
         self.rows = torch.as_tensor(np.concatenate(columns, 1), device=device)
         self.widths = [column.shape[1] for column in columns]
@@ -126,8 +132,9 @@ class Learner:
         buffers: whatever else belongs to the state, by name; set it before training and change it in place.
     """
 
-    def __init__(self, nets: dict[str, Net], seeds: Sequence[int], metrics: Sequence[str], device: torch.device,
-                 compile: bool = False):
+    def __init__(
+        self, nets: dict[str, Net], seeds: Sequence[int], metrics: Sequence[str], device: torch.device, compile: bool = False
+    ):
         """One model for each of `seeds`, which starts as it would alone. Losses may log the names in `metrics`."""
         self.device, self.compile, self.num_models = device, compile, len(seeds)
         models: dict[str, list[Params]] = {name: [] for name in nets}
@@ -136,8 +143,10 @@ class Learner:
             for name, net in nets.items():
                 models[name].append(net.initial())
         torch.manual_seed(seeds[0])
-        self.params = {network: {name: param.to(device).requires_grad_() for name, param in stack(params).items()}
-                       for network, params in models.items()}
+        self.params = {
+            network: {name: param.to(device).requires_grad_() for name, param in stack(params).items()}
+            for network, params in models.items()
+        }
         self.sums = {name: torch.zeros(len(seeds), device=device) for name in metrics}
         self.buffers: Params = {}
         self._objectives: dict[str, _Objective] = {}
@@ -161,23 +170,27 @@ class Learner:
 
     # Losses
 
-    def optimize(self, loss: Callable[..., tuple[Tensor, Params]], *networks: str, lr: float,
-                 max_norm: float | None = None) -> None:
+    def optimize(
+        self, loss: Callable[..., tuple[Tensor, Params]], *networks: str, lr: float, max_norm: float | None = None
+    ) -> None:
         """Let `step(loss, ...)` train `networks` and nothing else, with Adam at the rate `lr`.
 
         `max_norm`: clip each model's gradient to this norm, over all of `networks`.
         """
         params = [param for network in networks for param in self.params[network].values()]
         # The learning rate is a tensor, and the state exists from the start, because a CUDA graph keeps addresses
-        adam = torch.optim.Adam(params, torch.tensor(lr, device=self.device), fused=True,
-                                capturable=self.device.type == "cuda")
+        adam = torch.optim.Adam(params, torch.tensor(lr, device=self.device), fused=True, capturable=self.device.type == "cuda")
         for param in params:
-            adam.state[param] = {"step": torch.zeros((), device=self.device), "exp_avg": torch.zeros_like(param),
-                                 "exp_avg_sq": torch.zeros_like(param)}
+            adam.state[param] = {
+                "step": torch.zeros((), device=self.device),
+                "exp_avg": torch.zeros_like(param),
+                "exp_avg_sq": torch.zeros_like(param),
+            }
 
         def gradient(trained: dict[str, Params], fixed: dict[str, Params], *inputs: Any) -> tuple[list[Tensor], Params]:
             losses, metrics = torch.vmap(lambda trained, fixed, *inputs: loss({**fixed, **trained}, *inputs))(
-                trained, fixed, *inputs)
+                trained, fixed, *inputs
+            )
             leaves = [param for network in networks for param in trained[network].values()]
             # Fused Adam reads a gradient as if it were laid out like its parameter
             gradients = [gradient.contiguous() for gradient in torch.autograd.grad(losses.sum(), leaves)]
@@ -212,11 +225,18 @@ class Learner:
         """All that training changes, by name; the tensors themselves, not copies."""
         optimizers = {}
         for name, objective in self._objectives.items():
-            states = {f"{network}.{param}": objective.adam.state[self.params[network][param]]
-                      for network in objective.networks for param in self.params[network]}
+            states = {
+                f"{network}.{param}": objective.adam.state[self.params[network][param]]
+                for network in objective.networks
+                for param in self.params[network]
+            }
             optimizers[name] = {"lr": objective.adam.param_groups[0]["lr"], "state": states}
-        return {"params": {network: detach(params) for network, params in self.params.items()},
-                "optimizers": optimizers, "sums": self.sums, "buffers": self.buffers}
+        return {
+            "params": {network: detach(params) for network, params in self.params.items()},
+            "optimizers": optimizers,
+            "sums": self.sums,
+            "buffers": self.buffers,
+        }
 
     @torch.no_grad()
     def load_state_dict(self, saved: dict[str, Any]) -> None:
@@ -287,14 +307,19 @@ def _pairs(place: str, own: Any, saved: Any) -> Iterator[tuple[Tensor, Tensor]]:
     if isinstance(own, dict):
         check(isinstance(saved, dict), f"{place} is {type(saved).__name__}, not a dictionary: it is of another script or version")
         missing, unknown = own.keys() - saved.keys(), saved.keys() - own.keys()
-        check(not missing and not unknown, f"{place} lacks {sorted(map(str, missing))} and has {sorted(map(str, unknown))} too many: "
-              "it is of other settings, another script or another version")
+        check(
+            not missing and not unknown,
+            f"{place} lacks {sorted(map(str, missing))} and has {sorted(map(str, unknown))} too many: "
+            "it is of other settings, another script or another version",
+        )
         for name, value in own.items():
             yield from _pairs(f"{place}'s {name}", value, saved[name])
     else:
-        check(isinstance(saved, Tensor) and saved.shape == own.shape,
-              f"{place} is {list(saved.shape) if isinstance(saved, Tensor) else type(saved).__name__}, not a tensor of shape "
-              f"{list(own.shape)}: it is of other settings or another script")
+        check(
+            isinstance(saved, Tensor) and saved.shape == own.shape,
+            f"{place} is {list(saved.shape) if isinstance(saved, Tensor) else type(saved).__name__}, not a tensor of shape "
+            f"{list(own.shape)}: it is of other settings or another script",
+        )
         yield own, saved
 
 
@@ -364,9 +389,17 @@ class BestOf:
     asked in falling order of the latter, and no more when no other candidate can win: the same action at half the cost.
     """
 
-    def __init__(self, sample: Callable[[dict[str, Params], Tensor, Tensor], Tensor], q: Callable[..., Tensor] | None,
-                 networks: Sequence[str], num_candidates: int, action_low: np.ndarray, action_high: np.ndarray,
-                 device: torch.device, compile: bool = False):
+    def __init__(
+        self,
+        sample: Callable[[dict[str, Params], Tensor, Tensor], Tensor],
+        q: Callable[..., Tensor] | None,
+        networks: Sequence[str],
+        num_candidates: int,
+        action_low: np.ndarray,
+        action_high: np.ndarray,
+        device: torch.device,
+        compile: bool = False,
+    ):
         """Both functions are of one model, with the parameters of `networks`.
 
         sample: (p, obs (n, 1, S), z (n, N, A) Gaussian) -> candidates (n, N, A), which are then clamped to [-1, 1].
@@ -377,7 +410,8 @@ class BestOf:
         self.low, self.high = (torch.as_tensor(bound, dtype=torch.float32, device=device) for bound in (action_low, action_high))
         wrap = compiled if compile else lambda function: function
         self._first_all, self._second_all, self._sample_all = (
-            wrap(torch.vmap(function)) for function in (self._first, self._second, self._one))
+            wrap(torch.vmap(function)) for function in (self._first, self._second, self._one)
+        )
 
     def _one(self, p: dict[str, Params], obs: Tensor, z: Tensor) -> Tensor:
         """One candidate (n, A) in each state (n, S)."""
@@ -433,8 +467,10 @@ class BestOf:
 
         def act(obs: np.ndarray) -> np.ndarray:
             obs = np.asarray(obs, np.float32)
-            check(obs.ndim in (1, 2) and obs.shape[-1] == obs_dim,
-                  f"observations must have shape ({obs_dim},) or (B, {obs_dim}), not {obs.shape}")
+            check(
+                obs.ndim in (1, 2) and obs.shape[-1] == obs_dim,
+                f"observations must have shape ({obs_dim},) or (B, {obs_dim}), not {obs.shape}",
+            )
             check(bool(np.isfinite(obs).all()), "observations must be finite: there is NaN or infinity among them")
             actions = self(params, np.atleast_2d(obs)[None], generator)[0]
             return actions if obs.ndim == 2 else actions[0]

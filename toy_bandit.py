@@ -236,8 +236,16 @@ def minibatches(problem: Problem, data: Tensor, iterations: int, size: int, what
         yield data[batch], rewards[batch]
 
 
-def pretrain(problem: Problem, data: Tensor, denoiser: Denoiser, trainer: Trainer, size: int, noise: tuple[float, ...] = (),
-             critic: Critic | None = None, critic_trainer: Trainer | None = None) -> None:
+def pretrain(
+    problem: Problem,
+    data: Tensor,
+    denoiser: Denoiser,
+    trainer: Trainer,
+    size: int,
+    noise: tuple[float, ...] = (),
+    critic: Critic | None = None,
+    critic_trainer: Trainer | None = None,
+) -> None:
     """Clone the data with the diffusion model (Eq. 2); with a critic train that too."""
     for actions, rewards in minibatches(problem, data, PRETRAINING, size, "diffusion"):
         trainer.step(denoising_loss(denoiser, actions, sample_sigma(size, *noise)))
@@ -384,12 +392,22 @@ def heat_maps(report: Callable) -> plt.Figure:
         near = torch.cdist(plane, data).amin(1)
         for axes, level in zip(row[1:], levels):
             with torch.no_grad():  # the mean over 64 draws of the noise
-                losses = [((denoiser(plane + level * torch.randn_like(plane), torch.full((len(plane), 1), level)) - plane)
-                           / level).square().mean(1) for _ in range(64)]
+                losses = [
+                    ((denoiser(plane + level * torch.randn_like(plane), torch.full((len(plane), 1), level)) - plane) / level)
+                    .square()
+                    .mean(1)
+                    for _ in range(64)
+                ]
             loss = torch.stack(losses).mean(0)
-            report(f"t = {level:g}", name, {"loss on the data": round(loss[near < 0.2].mean().item(), 3),
-                                            "0.5-1 away": round(loss[(near > 0.5) & (near < 1)].mean().item(), 3),
-                                            "over 3 away": round(loss[near > 3].mean().item(), 3)})
+            report(
+                f"t = {level:g}",
+                name,
+                {
+                    "loss on the data": round(loss[near < 0.2].mean().item(), 3),
+                    "0.5-1 away": round(loss[(near > 0.5) & (near < 1)].mean().item(), 3),
+                    "over 3 away": round(loss[near > 3].mean().item(), 3),
+                },
+            )
             image = axes.imshow(loss.reshape(129, 129).T.clamp(min=1e-3).log().numpy(), origin="lower", extent=(-16, 16, -16, 16))
             axes.set(title=f"{name}: t = {level:g}")
             bar = figure.colorbar(image, ax=axes, shrink=0.45, ticks=image.get_clim(), label="log loss")
@@ -418,7 +436,9 @@ def main(args: Args) -> list[dict[str, object]]:
     picture = io.BytesIO()
     figure.savefig(picture, format="png", dpi=110)
     common.write_atomically(name.with_suffix(".png"), picture.getvalue())
-    common.write_atomically(name.with_suffix(".csv"), common.to_csv(list(dict.fromkeys(key for row in rows for key in row)), rows))
+    common.write_atomically(
+        name.with_suffix(".csv"), common.to_csv(list(dict.fromkeys(key for row in rows for key in row)), rows)
+    )
     print(f"{name}.png, {name}.csv")
     return rows
 

@@ -25,11 +25,15 @@ def main(out: str, *curves: str) -> None:
         epochs = sorted({row["epoch"] for row in rows})
         groups = [[row for row in rows if row["epoch"] == epoch] for epoch in epochs]
         mean = np.array([np.mean([row["score_mean"] for row in group]) for group in groups])
-        spread = np.array([
-            np.sqrt((np.mean([row["score_std"] ** 2 for row in group]) + np.var([row["score_mean"] for row in group]))
-                    / sum(row["episodes"] for row in group))
-            for group in groups
-        ])
+        spread = np.array(
+            [
+                np.sqrt(
+                    (np.mean([row["score_std"] ** 2 for row in group]) + np.var([row["score_mean"] for row in group]))
+                    / sum(row["episodes"] for row in group)
+                )
+                for group in groups
+            ]
+        )
         updates = np.array(epochs) * config["args"]["steps_per_epoch"]
         (line,) = axes.plot(updates, mean, marker="o", markersize=3, label=label)
         axes.fill_between(updates, mean - spread, mean + spread, color=line.get_color(), alpha=0.2)

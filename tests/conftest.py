@@ -10,8 +10,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run side by side, and so 
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # the scripts
 
-import d4rl_tasks  # noqa: E402
 from helpers import write_d4rl  # noqa: E402
+
+import d4rl_tasks  # noqa: E402
 
 
 @pytest.fixture

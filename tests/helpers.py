@@ -10,18 +10,19 @@ import sys
 import time
 from pathlib import Path
 
-import bc
-import common
-import data
-import dtql_continuous as dtql
 import gymnasium as gym
 import h5py
-import iql
-import kl_distill
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
+
+import bc
+import common
+import data
+import dtql_continuous as dtql
+import iql
+import kl_distill
 
 ROOT = Path(__file__).parent.parent
 TINY = dict(epochs=2, steps_per_epoch=20, eval_episodes=2, batch_size=32, cuda=False, compile=False, cudagraphs=False)
@@ -60,7 +61,9 @@ def command(*arguments: object, script: str = "dtql_continuous.py") -> list[str]
 
 
 def run_script(*arguments: object, script: str = "dtql_continuous.py", **environment: str) -> subprocess.CompletedProcess:
-    return subprocess.run(command(*arguments, script=script), env={**os.environ, **environment}, capture_output=True, text=True, timeout=300)
+    return subprocess.run(
+        command(*arguments, script=script), env={**os.environ, **environment}, capture_output=True, text=True, timeout=300
+    )
 
 
 def make_task(*arrays: np.ndarray, low: float = -1.0, high: float = 1.0) -> data.Task:
@@ -78,8 +81,15 @@ def make_task(*arrays: np.ndarray, low: float = -1.0, high: float = 1.0) -> data
 def make_agent(num_seeds: int = 1, obs_dim: int = 3, action_dim: int = 2, rows: int = 512, module=dtql, device="cpu", **changes):
     """An agent of `module` on random transitions; the environment's actions lie in [-2, 4]."""
     rng = np.random.default_rng(0)
-    task = make_task(rng.standard_normal((rows, obs_dim)), rng.uniform(-1, 1, (rows, action_dim)), rng.standard_normal(rows),
-                     rng.random(rows) < 0.1, rng.standard_normal((rows, obs_dim)), low=-2.0, high=4.0)
+    task = make_task(
+        rng.standard_normal((rows, obs_dim)),
+        rng.uniform(-1, 1, (rows, action_dim)),
+        rng.standard_normal(rows),
+        rng.random(rows) < 0.1,
+        rng.standard_normal((rows, obs_dim)),
+        low=-2.0,
+        high=4.0,
+    )
     settings = {**TINY, **OWN[module], "num_seeds": num_seeds, "cuda": device == "cuda", **changes}
     return AGENT[module](module.Args(**settings), task, torch.device(device))
 
@@ -119,7 +129,7 @@ def run_updates(agent, each: int) -> dict[str, dict[str, Tensor]]:
 
 
 def assert_updates_agree(agent, reference, before) -> None:
-    """Losses are equal up to rounding. Parameters nearly so: now and then rounding moves a ReLU or a minimum to its other side."""
+    """Losses are equal up to rounding. Parameters nearly so: rounding may move a ReLU or a minimum to its other side."""
     torch.testing.assert_close(agent.models.sums, reference.models.sums, rtol=2e-3, atol=2e-3)
     for network, params in reference.models.params.items():
         for name, param in params.items():
@@ -129,7 +139,9 @@ def assert_updates_agree(agent, reference, before) -> None:
 
 def assert_learning_rates_follow_the_cosine(**settings) -> None:
     agent = make_agent(lr_decay=True, epochs=2, steps_per_epoch=5, learning_rate=1e-4, **settings)
-    rates = lambda: [agent.models.learning_rate(loss).item() for loss in (agent.critic_loss, agent.denoiser_loss, agent.actor_loss)]
+    rates = lambda: [
+        agent.models.learning_rate(loss).item() for loss in (agent.critic_loss, agent.denoiser_loss, agent.actor_loss)
+    ]
     prepared(agent, training=False)()
     assert rates() == pytest.approx([3e-4, 1e-4, 1e-4])
     update = prepared(agent, training=True)
@@ -141,8 +153,11 @@ def assert_learning_rates_follow_the_cosine(**settings) -> None:
 
 # ---- runs and their folders --------------------------------------------------------------------------------------------
 
-FLAGS = [f"--{'' if value is not False else 'no-'}{name.replace('_', '-')}{'' if isinstance(value, bool) else f'={value}'}"
-         for name, value in TINY.items() if name != "cudagraphs"]
+FLAGS = [
+    f"--{'' if value is not False else 'no-'}{name.replace('_', '-')}{'' if isinstance(value, bool) else f'={value}'}"
+    for name, value in TINY.items()
+    if name != "cudagraphs"
+]
 
 
 def rows_of(run_dir: str | Path, table: str = "eval.csv") -> list[dict[str, str]]:
@@ -185,8 +200,14 @@ def whole_and_resumed(tmp_path: Path, monkeypatch, resume, **settings) -> tuple[
 
 def start(*arguments: object, script: str = "dtql_continuous.py", **environment: str) -> subprocess.Popen:
     """A script in a process group of its own, as a shell or a scheduler starts it."""
-    return subprocess.Popen(command(*arguments, script=script), env={**os.environ, **environment}, stdout=subprocess.PIPE,
-                            stderr=subprocess.PIPE, text=True, start_new_session=True)
+    return subprocess.Popen(
+        command(*arguments, script=script),
+        env={**os.environ, **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
 
 
 def wait_for(parent: Path, pattern: str = "*/checkpoint.pt") -> Path:

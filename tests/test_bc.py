@@ -1,13 +1,14 @@
 """Behaviour cloning: each loss against its closed form, the sampler on Gaussian data, observation statistics, deployment."""
 
-import bc
-import common
-import data
 import numpy as np
 import pytest
 import torch
-from common import UserError
 from helpers import first, make_agent, make_args, make_task, run_script
+
+import bc
+import common
+import data
+from common import UserError
 
 
 def test_deterministic_loss_is_the_mean_squared_error_of_standardised_observations():
@@ -56,7 +57,10 @@ def test_sampler_reaches_the_mean_and_variance_of_gaussian_data(mean, std):
     torch.manual_seed(0)
     z = torch.randn(20_000, 2).double()
     z = (z - z.mean()) / z.std()
-    mean_of, std_of = (lambda steps: bc.heun_sampler(denoise, z, steps).mean().item()), (lambda steps: bc.heun_sampler(denoise, z, steps).std().item())
+    mean_of, std_of = (
+        (lambda steps: bc.heun_sampler(denoise, z, steps).mean().item()),
+        (lambda steps: bc.heun_sampler(denoise, z, steps).std().item()),
+    )
     assert mean_of(40) == pytest.approx(mean, abs=1e-3) and std_of(40) == pytest.approx(std, rel=0.03)
     errors = [std_of(steps) - std for steps in (20, 40, 80)]
     assert 3 < errors[0] / errors[1] < 7 and abs(errors[2]) < 0.005 * std  # second order
@@ -97,10 +101,15 @@ def test_a_deployed_policy_takes_raw_observations(hopper, tmp_path, policy):
         act(np.full(11, np.nan))
 
 
-@pytest.mark.parametrize(("flags", "message"), [
-    (["--policy", "implicit"], "implicit"), (["--sampling-steps", "0"], "--sampling-steps"), (["--learning-rate", "0"], "--learning-rate"),
-    (["--alpha", "1"], "alpha"),
-])
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--policy", "implicit"], "implicit"),
+        (["--sampling-steps", "0"], "--sampling-steps"),
+        (["--learning-rate", "0"], "--learning-rate"),
+        (["--alpha", "1"], "alpha"),
+    ],
+)
 def test_bad_input(flags, message):
     result = run_script(*flags, script="bc.py")
     assert result.returncode == 2 and len(result.stderr.splitlines()) == 1 and message in result.stderr

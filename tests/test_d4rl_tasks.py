@@ -5,17 +5,17 @@ import pickle
 import subprocess
 import sys
 
-import common
-import d4rl_tasks
-import data
 import gymnasium as gym
 import numpy as np
 import pytest
-from common import UserError
 from helpers import ROOT, make_args, write_d4rl
-from d4rl_tasks import TASKS
 
+import common
+import d4rl_tasks
+import data
 import dtql_continuous as dtql
+from common import UserError
+from d4rl_tasks import TASKS
 
 
 @pytest.fixture(scope="module", params=["umaze-v0", "medium-play-v2", "large-diverse-v2"])
@@ -42,9 +42,11 @@ def test_there_are_26_ids_that_gym_makes_by_either_name():
 
 
 def test_importing_twice_or_beside_another_registration_does_no_harm():
-    code = ("import gymnasium as gym, importlib; gym.register('hopper-medium-v2', lambda: 'theirs');"
-            "import d4rl_tasks; importlib.reload(d4rl_tasks); print(gym.spec('hopper-medium-v2').entry_point());"
-            "print(gym.make('d4rl/hopper-medium-v2').unwrapped)")
+    code = (
+        "import gymnasium as gym, importlib; gym.register('hopper-medium-v2', lambda: 'theirs');"
+        "import d4rl_tasks; importlib.reload(d4rl_tasks); print(gym.spec('hopper-medium-v2').entry_point());"
+        "print(gym.make('d4rl/hopper-medium-v2').unwrapped)"
+    )
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     theirs, ours = result.stdout.split("\n")[:2]
@@ -130,7 +132,16 @@ def test_v0_keeps_its_goal_and_v2_does_not_and_nothing_else_differs():
             goals[name].append(tuple(env.unwrapped.target_goal))
     assert len(set(goals["v0"])) == 1 and len(set(goals["v2"])) == 3
     assert make("antmaze-umaze-v0").unwrapped.target_goal is None
-    for field in ("body_mass", "body_inertia", "geom_pos", "geom_size", "geom_solimp", "jnt_range", "actuator_gear", "dof_damping"):
+    for field in (
+        "body_mass",
+        "body_inertia",
+        "geom_pos",
+        "geom_size",
+        "geom_solimp",
+        "jnt_range",
+        "actuator_gear",
+        "dof_damping",
+    ):
         np.testing.assert_array_equal(getattr(v0.unwrapped.model, field), getattr(v2.unwrapped.model, field))
     qpos, qvel = v0.unwrapped.init_qpos, v0.unwrapped.init_qvel
     steps = []
@@ -245,8 +256,10 @@ def test_kitchen_episodes_last_280_steps():
     assert flags[-1] == (False, True) and not any(truncated for _, truncated in flags[:-1])
 
 
-@pytest.mark.parametrize(("env_id", "reference"), [("hopper-medium-v2", "Hopper-v4"), ("walker2d-medium-v2", "Walker2d-v4"),
-                                                   ("halfcheetah-medium-v2", "HalfCheetah-v4")])
+@pytest.mark.parametrize(
+    ("env_id", "reference"),
+    [("hopper-medium-v2", "Hopper-v4"), ("walker2d-medium-v2", "Walker2d-v4"), ("halfcheetah-medium-v2", "HalfCheetah-v4")],
+)
 def test_locomotion_is_gymnasiums_v4(env_id, reference):
     ours, theirs = make(env_id), gym.make(reference)
     np.testing.assert_array_equal(ours.reset(seed=3)[0], theirs.reset(seed=3)[0])
@@ -270,10 +283,10 @@ def test_files_and_scores_of_the_table():
     assert TASKS["pen-cloned-v1"].min_score == 96.262799 and TASKS["pen-cloned-v1"].max_score == 3076.8331017826877
 
 
-def test_readme_lists_every_row_of_the_table():
-    readme = (ROOT / "README.md").read_text()
+def test_the_page_lists_every_row_of_the_table():
+    page = (ROOT / "docs" / "tasks.md").read_text()
     for env_id, task in TASKS.items():
-        row = next(line for line in readme.splitlines() if line.startswith(f"| `{env_id}` |"))
+        row = next(line for line in page.splitlines() if line.startswith(f"| `{env_id}` |"))
         for cell in (f"`{task.file}`", f" {task.min_score:g} to {task.max_score:g} ", f" {task.limit} ", task.minari or "none"):
             assert cell in row, (env_id, cell)
 
@@ -286,8 +299,15 @@ def test_every_family_trains_and_is_evaluated_in_its_environment(env_id, tmp_pat
     write_d4rl(tmp_path / task.file, 600, task.obs_dim, task.action_dim, timeouts=timeouts)
     spec = gym.spec(f"d4rl/{env_id}")
     monkeypatch.setattr(spec, "max_episode_steps", 15)
-    args = make_args(tmp_path, **{**dtql.task_defaults(env_id), **dict(env_id=env_id, pretrain_epochs=0, epochs=1,
-                     steps_per_epoch=5, eval_episodes=3, num_candidates=4, batch_size=32)})
+    args = make_args(
+        tmp_path,
+        **{
+            **dtql.task_defaults(env_id),
+            **dict(
+                env_id=env_id, pretrain_epochs=0, epochs=1, steps_per_epoch=5, eval_episodes=3, num_candidates=4, batch_size=32
+            ),
+        },
+    )
     (row,) = dtql.main(args)["rows"]
     assert row["score_mean"] == pytest.approx(100 * (row["return_mean"] - task.min_score) / (task.max_score - task.min_score))
     assert 0 < row["length_mean"] <= 15

@@ -5,18 +5,17 @@ import http.server
 import threading
 from pathlib import Path
 
-import common
-import d4rl_tasks
-import data
 import gymnasium as gym
 import minari
 import numpy as np
 import pytest
 import torch
-from common import UserError
-from helpers import make_args, make_task, write_d4rl
+from helpers import make_args, write_d4rl
 
+import d4rl_tasks
+import data
 import dtql_continuous as dtql
+from common import UserError
 
 HOPPER = d4rl_tasks.TASKS["hopper-medium-v2"]
 
@@ -24,9 +23,14 @@ HOPPER = d4rl_tasks.TASKS["hopper-medium-v2"]
 def hand_made(tmp_path: Path, rows: int, terminals=(), timeouts=None) -> dict[str, np.ndarray]:
     """Transitions of a file whose row i has the observation i, the action 0 and the reward i."""
     marks = lambda where: np.isin(np.arange(rows), where)
-    file = write_d4rl(tmp_path / "file.hdf5", rows, observations=np.arange(rows, dtype=np.float32)[:, None],
-                      rewards=np.arange(rows, dtype=np.float32), terminals=marks(terminals),
-                      timeouts=None if timeouts is None else marks(timeouts))
+    file = write_d4rl(
+        tmp_path / "file.hdf5",
+        rows,
+        observations=np.arange(rows, dtype=np.float32)[:, None],
+        rewards=np.arange(rows, dtype=np.float32),
+        terminals=marks(terminals),
+        timeouts=None if timeouts is None else marks(timeouts),
+    )
     return data.d4rl_transitions(file, limit=4)
 
 
@@ -146,8 +150,11 @@ def test_download(hopper, monkeypatch):
 def test_bad_downloads_leave_nothing(hopper, monkeypatch, kind):
     content = hopper.read_bytes()
     hopper.unlink()
-    server = {"truncated": Server(content[:-100], claim=len(content)), "not HDF5": Server(b"<html>moved</html>"),
-              "empty": Server(b"")}[kind]
+    server = {
+        "truncated": Server(content[:-100], claim=len(content)),
+        "not HDF5": Server(b"<html>moved</html>"),
+        "empty": Server(b""),
+    }[kind]
     monkeypatch.setenv("D4RL_BASE_URL", server.url)
     with pytest.raises(UserError, match="cannot download"):
         data.load_task("hopper-medium-v2")
@@ -180,8 +187,14 @@ def collect(monkeypatch, tmp_path: Path, env: gym.Env, name: str, steps: int = 2
 
 
 def test_minari_transitions(monkeypatch, tmp_path):
-    episodes = collect(monkeypatch, tmp_path, gym.make("Pendulum-v1", max_episode_steps=30), "test/pendulum-v0",
-                       ref_min_score=-1000.0, ref_max_score=0.0)
+    episodes = collect(
+        monkeypatch,
+        tmp_path,
+        gym.make("Pendulum-v1", max_episode_steps=30),
+        "test/pendulum-v0",
+        ref_min_score=-1000.0,
+        ref_max_score=0.0,
+    )
     task = data.load_task("test/pendulum-v0")
     assert len(task.obs) == 200  # no step is dropped
     np.testing.assert_allclose(task.next_obs[29], episodes[0].observations[30], rtol=1e-6)

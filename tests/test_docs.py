@@ -26,7 +26,9 @@ def test_details_name_places_that_exist():
             assert re.search(rf"^ *(def|class) {name}\b|^{name} = ", source, re.MULTILINE), f"{file}:{name}"
 
 
-@pytest.mark.parametrize("page", ["README.md", "results/README.md", "docs/details.md", "docs/bandits.md", "docs/speed.md", "docs/tasks.md"])
+@pytest.mark.parametrize(
+    "page", ["README.md", "results/README.md", "docs/details.md", "docs/bandits.md", "docs/speed.md", "docs/tasks.md"]
+)
 def test_links_lead_somewhere(page):
     file = ROOT / page
     for link in re.findall(r"\]\((?!http)([^)#]+)", file.read_text()):

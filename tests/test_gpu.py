@@ -3,23 +3,40 @@
 import copy
 import subprocess
 
-import common
-import dtql_continuous as dtql
-import kl_distill
 import numpy as np
 import pytest
 import torch
-from helpers import (assert_learning_rates_follow_the_cosine, assert_updates_agree, command, make_agent, make_args, params_of,
-                     prepared, rows_of, run_updates, whole_and_resumed)
+from helpers import (
+    assert_learning_rates_follow_the_cosine,
+    assert_updates_agree,
+    command,
+    make_agent,
+    make_args,
+    params_of,
+    prepared,
+    rows_of,
+    run_updates,
+    whole_and_resumed,
+)
+
+import common
+import dtql_continuous as dtql
+import kl_distill
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 MODES = [dict(compile=compiled, cudagraphs=graph) for compiled in (False, True) for graph in (False, True)]
 
 
-@pytest.mark.parametrize("module, changes", [
-    (dtql, {}), (dtql, dict(num_seeds=3, nll=False)), (dtql, dict(policy="implicit", nll=False)), (kl_distill, {}),
-])
+@pytest.mark.parametrize(
+    "module, changes",
+    [
+        (dtql, {}),
+        (dtql, dict(num_seeds=3, nll=False)),
+        (dtql, dict(policy="implicit", nll=False)),
+        (kl_distill, {}),
+    ],
+)
 def test_captured_compiled_and_eager_updates_agree(module, changes):
     """200 updates of every mode, and the random state after them."""
     settings = dict(obs_dim=11, action_dim=3, module=module, device="cuda", lr_decay=True, epochs=10, **changes)
@@ -107,8 +124,22 @@ def test_gpu_and_cpu_choose_alike(policy, compiled):
 def test_a_run_says_nothing_but_its_own(hopper, tmp_path):
     """Warnings of torch about the GPU are for us, not for those who train."""
     result = subprocess.run(
-        command("--env-id", "hopper-medium-v2", "--pretrain-epochs=1", "--epochs=1", "--steps-per-epoch=100", "--eval-episodes=2",
-                "--compile", "--cudagraphs", "--run-dir", tmp_path / "runs"), capture_output=True, text=True, timeout=300)
+        command(
+            "--env-id",
+            "hopper-medium-v2",
+            "--pretrain-epochs=1",
+            "--epochs=1",
+            "--steps-per-epoch=100",
+            "--eval-episodes=2",
+            "--compile",
+            "--cudagraphs",
+            "--run-dir",
+            tmp_path / "runs",
+        ),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert result.returncode == 0, result.stderr
     assert "Warning" not in result.stderr, result.stderr
     assert common.open_checkpoint(next((tmp_path / "runs").iterdir()) / "checkpoint.pt")["step"] == 200

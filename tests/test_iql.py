@@ -3,13 +3,14 @@
 import math
 import re
 
-import data
-import iql
 import numpy as np
 import pytest
 import torch
-from common import UserError
 from helpers import ROOT, first, make_agent, make_args, make_task, run_script
+
+import data
+import iql
+from common import UserError
 from stacked import detach
 
 
@@ -61,8 +62,10 @@ def test_losses_are_the_papers_and_reach_only_their_networks():
             param.mul_(1.3)
     qs, targets, v, actor = plain_modules(agent)
     batch = agent.data.batch(torch.arange(64))
-    params = {net: {name: param[0].detach().requires_grad_() for name, param in values.items()}
-              for net, values in agent.models.params.items()}
+    params = {
+        net: {name: param[0].detach().requires_grad_() for name, param in values.items()}
+        for net, values in agent.models.params.items()
+    }
     given = lambda trained: {net: values if net == trained else detach(values) for net, values in params.items()}
     with torch.no_grad():
         q = torch.minimum(*(q(batch.obs, batch.actions) for q in targets))
@@ -71,8 +74,10 @@ def test_losses_are_the_papers_and_reach_only_their_networks():
         expected = {
             "value": (torch.where(advantage < 0, 0.2, 0.8) * advantage**2).mean(),
             "actor": -(torch.exp(2 * advantage).clamp(max=100) * log_prob).mean(),
-            "critic": sum(((batch.rewards + 0.99 * (1 - batch.terminals) * v(batch.next_obs) - q(batch.obs, batch.actions)) ** 2).mean()
-                          for q in qs),
+            "critic": sum(
+                ((batch.rewards + 0.99 * (1 - batch.terminals) * v(batch.next_obs) - q(batch.obs, batch.actions)) ** 2).mean()
+                for q in qs
+            ),
         }
     for network, loss_function in (("value", agent.value_loss), ("actor", agent.actor_loss), ("critic", agent.critic_loss)):
         loss, metrics = loss_function(given(network), batch)
@@ -90,8 +95,9 @@ def test_order_is_value_policy_critic_targets_on_one_minibatch():
     """One update against plain modules and their own optimizers."""
     agent = make_agent(module=iql, batch_size=16, tau=0.1, epochs=1, steps_per_epoch=4)
     qs, targets, v, actor = plain_modules(agent)
-    optimizers = [torch.optim.Adam(params, 3e-4) for params in
-                  (v.parameters(), actor.parameters(), [p for q in qs for p in q.parameters()])]
+    optimizers = [
+        torch.optim.Adam(params, 3e-4) for params in (v.parameters(), actor.parameters(), [p for q in qs for p in q.parameters()])
+    ]
     for step in range(3):
         torch.manual_seed(step)
         batch = agent.data.batch(torch.randint(512, (1, 16))[0])
@@ -99,11 +105,22 @@ def test_order_is_value_policy_critic_targets_on_one_minibatch():
         agent.update()
         with torch.no_grad():
             q = torch.minimum(*(q(batch.obs, batch.actions) for q in targets))
-        losses = [lambda: iql.expectile_loss(q - v(batch.obs), 0.9),
-                  lambda: -(iql.advantage_weights(q - v(batch.obs).detach(), 10.0)
-                            * iql.gaussian_log_prob(*actor(batch.obs), batch.actions)).mean(),
-                  lambda: sum(((batch.rewards + 0.99 * (1 - batch.terminals) * v(batch.next_obs).detach()
-                                - net(batch.obs, batch.actions)) ** 2).mean() for net in qs)]
+        losses = [
+            lambda: iql.expectile_loss(q - v(batch.obs), 0.9),
+            lambda: (
+                -(
+                    iql.advantage_weights(q - v(batch.obs).detach(), 10.0)
+                    * iql.gaussian_log_prob(*actor(batch.obs), batch.actions)
+                ).mean()
+            ),
+            lambda: sum(
+                (
+                    (batch.rewards + 0.99 * (1 - batch.terminals) * v(batch.next_obs).detach() - net(batch.obs, batch.actions))
+                    ** 2
+                ).mean()
+                for net in qs
+            ),
+        ]
         optimizers[1].param_groups[0]["lr"] = 3e-4 * (1 + math.cos(math.pi * step / 4)) / 2
         for optimizer, loss in zip(optimizers, losses):
             optimizer.zero_grad()
@@ -154,12 +171,24 @@ def test_rewards_are_transformed_by_domain():
 
 
 def test_settings_are_the_official_ones():
-    got = {name: tuple(iql.task_defaults(name)[key] for key in ("expectile", "beta", "dropout", "epochs")) for name in (
-        "halfcheetah-medium-v2", "hopper-medium-expert-v2", "antmaze-large-play-v2", "pen-human-v1", "kitchen-mixed-v0", "D4RL/pen/human-v2")}
+    got = {
+        name: tuple(iql.task_defaults(name)[key] for key in ("expectile", "beta", "dropout", "epochs"))
+        for name in (
+            "halfcheetah-medium-v2",
+            "hopper-medium-expert-v2",
+            "antmaze-large-play-v2",
+            "pen-human-v1",
+            "kitchen-mixed-v0",
+            "D4RL/pen/human-v2",
+        )
+    }
     assert got == {
-        "halfcheetah-medium-v2": (0.7, 3, 0, 1000), "hopper-medium-expert-v2": (0.5, 6, 0, 1000),
-        "antmaze-large-play-v2": (0.9, 10, 0, 1000), "pen-human-v1": (0.7, 0.5, 0.1, 1000),
-        "kitchen-mixed-v0": (0.7, 0.5, 0.1, 1000), "D4RL/pen/human-v2": (0.7, 0.5, 0.1, 1000),
+        "halfcheetah-medium-v2": (0.7, 3, 0, 1000),
+        "hopper-medium-expert-v2": (0.5, 6, 0, 1000),
+        "antmaze-large-play-v2": (0.9, 10, 0, 1000),
+        "pen-human-v1": (0.7, 0.5, 0.1, 1000),
+        "kitchen-mixed-v0": (0.7, 0.5, 0.1, 1000),
+        "D4RL/pen/human-v2": (0.7, 0.5, 0.1, 1000),
     }
 
 
@@ -178,9 +207,15 @@ def test_a_deployed_policy_is_the_mean(hopper, tmp_path):
     assert act(obs).shape == (4, 3) and np.abs(act(obs)).max() <= 1
 
 
-@pytest.mark.parametrize(("flags", "message"), [
-    (["--beta", "-1"], "--beta"), (["--dropout", "1"], "--dropout"), (["--expectile", "1"], "--expectile"), (["--tau", "0"], "--tau"),
-])
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--beta", "-1"], "--beta"),
+        (["--dropout", "1"], "--dropout"),
+        (["--expectile", "1"], "--expectile"),
+        (["--tau", "0"], "--tau"),
+    ],
+)
 def test_bad_input(flags, message):
     result = run_script(*flags, script="iql.py")
     assert result.returncode == 2 and len(result.stderr.splitlines()) == 1 and message in result.stderr
@@ -188,5 +223,7 @@ def test_bad_input(flags, message):
 
 def test_what_every_script_does_alike_is_the_same_text():
     """`load_policy`, `evaluate` and `main` of bc.py and iql.py differ in the agent's name alone."""
-    tails = [re.sub(r"\b(BC|IQL)\b", "AGENT", (ROOT / name).read_text().split("\ndef load_policy")[1]) for name in ("bc.py", "iql.py")]
+    tails = [
+        re.sub(r"\b(BC|IQL)\b", "AGENT", (ROOT / name).read_text().split("\ndef load_policy")[1]) for name in ("bc.py", "iql.py")
+    ]
     assert tails[0] == tails[1]

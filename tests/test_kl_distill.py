@@ -2,12 +2,13 @@
 
 import difflib
 
-import kl_distill
 import numpy as np
 import pytest
 import torch
-from common import UserError
 from helpers import ROOT, TINY, make_agent, make_args, make_task, run_script
+
+import kl_distill
+from common import UserError
 
 
 def gaussian_denoiser(mean: float, std: float):

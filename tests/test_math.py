@@ -2,11 +2,12 @@
 
 import math
 
-import dtql_continuous as dtql
 import numpy as np
 import pytest
 import torch
 from helpers import assert_learning_rates_follow_the_cosine, first, make_agent
+
+import dtql_continuous as dtql
 from stacked import detach
 
 
@@ -107,8 +108,10 @@ def test_critic_loss_is_equations_6_and_7():
         q.load_state_dict(first(first(agent.models.params["critic"]), i), strict=True)
     v.load_state_dict(first(agent.models.params["value"]))
 
-    p = {net: {name: param[0].detach().requires_grad_() for name, param in agent.models.params[net].items()}
-         for net in ("critic", "value")}
+    p = {
+        net: {name: param[0].detach().requires_grad_() for name, param in agent.models.params[net].items()}
+        for net in ("critic", "value")
+    }
     loss, metrics = agent.critic_loss(p, batch)
     loss.backward()
 
@@ -130,8 +133,10 @@ def test_critic_loss_is_equations_6_and_7():
 @pytest.mark.parametrize("policy", ["gaussian", "implicit"])
 def test_policy_loss_is_equation_5_and_reaches_theta_only(policy):
     agent = make_agent(policy=policy, nll=policy == "gaussian", alpha=3.0)
-    params = {net: {name: param[0].detach().requires_grad_() for name, param in agent.models.params[net].items()}
-              for net in ("actor", "denoiser", "critic")}
+    params = {
+        net: {name: param[0].detach().requires_grad_() for name, param in agent.models.params[net].items()}
+        for net in ("actor", "denoiser", "critic")
+    }
     batch = agent.data.batch(torch.arange(64))
     obs, actions = batch.obs, batch.actions
     torch.manual_seed(1)

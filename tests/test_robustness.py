@@ -15,20 +15,21 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-import bc
-import common
-import data
-import d4rl_tasks
-import dtql_continuous as dtql
 import gymnasium as gym
-import iql
-import kl_distill
 import minari
 import numpy as np
 import pytest
 import torch
+from helpers import FLAGS, ROOT, assert_same_end, make_args, run_script, start, wait_for, write_d4rl
+
+import bc
+import common
+import d4rl_tasks
+import data
+import dtql_continuous as dtql
+import iql
+import kl_distill
 from common import UserError
-from helpers import FLAGS, ROOT, assert_same_end, command, make_args, run_script, start, wait_for, write_d4rl
 
 SMALL = ("--env-id=hopper-medium-v2", *FLAGS, "--num-candidates=8", "--pretrain-epochs=1")
 
@@ -73,10 +74,21 @@ def resume(run_dir: Path, module=dtql) -> None:
     module.main(common.parse_args(module.Args, module.task_defaults, ["--resume", str(run_dir)]))
 
 
-@pytest.mark.parametrize("content", [
-    torch.zeros(3), [1, 2], {}, {"format": common.FORMAT}, {"agent": {"params": {}}, "args": {}}, 7, "text", None,
-    {"state_dict": {"weight": torch.zeros(2)}},
-], ids=str)
+@pytest.mark.parametrize(
+    "content",
+    [
+        torch.zeros(3),
+        [1, 2],
+        {},
+        {"format": common.FORMAT},
+        {"agent": {"params": {}}, "args": {}},
+        7,
+        "text",
+        None,
+        {"state_dict": {"weight": torch.zeros(2)}},
+    ],
+    ids=str,
+)
 def test_a_checkpoint_that_is_something_else(run_dir, content):
     torch.save(content, run_dir / "checkpoint.pt")
     for attempt in (lambda: resume(run_dir), lambda: dtql.load_policy(str(run_dir / "checkpoint.pt"))):
@@ -102,12 +114,25 @@ def test_an_unreadable_checkpoint_gets_no_advice_to_trust_it(run_dir, content):
         assert "weights_only" not in str(error.value) and len(str(error.value)) < 400
 
 
-@pytest.mark.parametrize(("change", "message"), [
-    (dict(num_seeds=3), "num_seeds"), (dict(seed=9), "seed"), (dict(batch_size=64), "batch_size"), (dict(policy="implicit"), "policy"),
-    (dict(policy="nonsense"), "policy"), (dict(epochs=1), "epochs"), (dict(epochs=0), "epochs"), (dict(epochs=7), "epochs"),
-    (dict(alpha=None), "alpha"), (dict(gamma="much"), "gamma"), (dict(batch_size=1.5), "batch_size"), (dict(nll=1), "nll"),
-    (dict(env_id=3), "env_id"), (dict(more=1), "not this script's"),
-])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(num_seeds=3), "num_seeds"),
+        (dict(seed=9), "seed"),
+        (dict(batch_size=64), "batch_size"),
+        (dict(policy="implicit"), "policy"),
+        (dict(policy="nonsense"), "policy"),
+        (dict(epochs=1), "epochs"),
+        (dict(epochs=0), "epochs"),
+        (dict(epochs=7), "epochs"),
+        (dict(alpha=None), "alpha"),
+        (dict(gamma="much"), "gamma"),
+        (dict(batch_size=1.5), "batch_size"),
+        (dict(nll=1), "nll"),
+        (dict(env_id=3), "env_id"),
+        (dict(more=1), "not this script's"),
+    ],
+)
 def test_a_config_that_disagrees(run_dir, change, message):
     config = json.loads((run_dir / "config.json").read_text())
     config["args"].update(change)
@@ -119,11 +144,19 @@ def test_a_config_that_disagrees(run_dir, change, message):
     assert {name: (run_dir / name).read_bytes() for name in before} == before  # nothing was lost
 
 
-@pytest.mark.parametrize("change", [
-    lambda config: config.pop("args"), lambda config: config.pop("data"), lambda config: config["data"].pop("fingerprint"),
-    lambda config: config["data"].update(fingerprint="x"), lambda config: config.pop("exp_name"), lambda config: config.pop("format"),
-    lambda config: config.update(args=[1]), lambda config: config.update(format=1),
-])
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda config: config.pop("args"),
+        lambda config: config.pop("data"),
+        lambda config: config["data"].pop("fingerprint"),
+        lambda config: config["data"].update(fingerprint="x"),
+        lambda config: config.pop("exp_name"),
+        lambda config: config.pop("format"),
+        lambda config: config.update(args=[1]),
+        lambda config: config.update(format=1),
+    ],
+)
 def test_a_config_that_lacks_something(run_dir, change):
     config = json.loads((run_dir / "config.json").read_text())
     change(config)
@@ -133,12 +166,17 @@ def test_a_config_that_lacks_something(run_dir, change):
     assert "--resume" in str(error.value) and "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize(("change", "message"), [
-    (lambda s: s.update(step=10**6), "updates"), (lambda s: s.update(step=-1), "updates"),
-    (lambda s: s.update(random_state=torch.zeros(3)), "random state"),
-    (lambda s: s["learner"]["params"].pop("value"), "lacks"), (lambda s: s.update(exp_name="kl_distill"), "kl_distill"),
-    (lambda s: s["args"].update(batch_size=64), "batch_size"),
-])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda s: s.update(step=10**6), "updates"),
+        (lambda s: s.update(step=-1), "updates"),
+        (lambda s: s.update(random_state=torch.zeros(3)), "random state"),
+        (lambda s: s["learner"]["params"].pop("value"), "lacks"),
+        (lambda s: s.update(exp_name="kl_distill"), "kl_distill"),
+        (lambda s: s["args"].update(batch_size=64), "batch_size"),
+    ],
+)
 def test_a_checkpoint_that_disagrees(run_dir, change, message):
     change_checkpoint(run_dir, lambda saved: change(saved) and None)
     with pytest.raises(UserError, match=message):
@@ -203,10 +241,17 @@ def test_the_second_process_in_a_folder_is_refused(hopper, tmp_path):
 
 
 def test_a_disk_that_is_full_at_the_start_leaves_no_folder(hopper, tmp_path):
-    limited = "import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000)); " \
-              "sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
-    result = subprocess.run([sys.executable, "-c", limited, ROOT / "dtql_continuous.py", *SMALL, "--run-dir", tmp_path / "runs"],
-                            capture_output=True, text=True, timeout=120, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    limited = (
+        "import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000)); "
+        "sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", limited, ROOT / "dtql_continuous.py", *SMALL, "--run-dir", tmp_path / "runs"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
     assert_one_line(result, "cannot write", "make room")
     assert list((tmp_path / "runs").iterdir()) == []
 
@@ -232,7 +277,9 @@ def test_a_folder_that_is_deleted_in_mid_run(hopper, tmp_path):
     assert list((tmp_path / "runs").iterdir()) == []
 
 
-@pytest.mark.parametrize(("script", "flag"), [("dtql_continuous.py", "--run-dir"), ("toy_bandit.py", "--out-dir"), ("speed.py", "--csv")])
+@pytest.mark.parametrize(
+    ("script", "flag"), [("dtql_continuous.py", "--run-dir"), ("toy_bandit.py", "--out-dir"), ("speed.py", "--csv")]
+)
 def test_what_cannot_be_written_is_found_before_any_work(hopper, script, flag):
     started = time.time()
     task = ["--env-id=hopper-medium-v2"] if script == "dtql_continuous.py" else []
@@ -242,10 +289,16 @@ def test_what_cannot_be_written_is_found_before_any_work(hopper, script, flag):
 
 
 def test_no_home_is_one_line():
-    code = "import data, common, os\nfrom pathlib import Path\ndef no_home(): raise RuntimeError('Could not determine home directory.')\n" \
-           "Path.home = no_home\ncommon.run(lambda _: data.load_task(os.environ['ID']), lambda: None)"
+    code = (
+        "import data, common, os\nfrom pathlib import Path\n"
+        "def no_home(): raise RuntimeError('Could not determine home directory.')\n"
+        "Path.home = no_home\ncommon.run(lambda _: data.load_task(os.environ['ID']), lambda: None)"
+    )
     for env_id, variable in (("hopper-medium-v2", "D4RL_DATASET_DIR"), ("D4RL/pen/human-v2", "MINARI_DATASETS_PATH")):
-        environment = {name: value for name, value in os.environ.items() if name != variable} | {"ID": env_id, "PYTHONPATH": str(ROOT)}
+        environment = {name: value for name, value in os.environ.items() if name != variable} | {
+            "ID": env_id,
+            "PYTHONPATH": str(ROOT),
+        }
         result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=120)
         assert_one_line(result, variable)
 
@@ -290,9 +343,14 @@ common.run(dtql.main, lambda: common.parse_args(dtql.Args, dtql.task_defaults, s
 
 def evaluating(tmp_path: Path) -> subprocess.Popen:
     """A run that has just begun a long evaluation in two worker processes."""
-    process = subprocess.Popen([sys.executable, "-c", WITH_WORKERS, *SMALL, "--epochs=1", "--eval-episodes=2000", "--run-dir",
-                                tmp_path / "runs"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
-                               env={**os.environ, "PYTHONPATH": str(ROOT)})
+    process = subprocess.Popen(
+        [sys.executable, "-c", WITH_WORKERS, *SMALL, "--epochs=1", "--eval-episodes=2000", "--run-dir", tmp_path / "runs"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
     for line in process.stdout:
         if line.startswith("evaluating"):
             return process
@@ -325,8 +383,13 @@ def test_a_sigkill_leaves_no_workers(hopper, tmp_path):
 
 
 def test_ctrl_c_while_compiling(hopper, tmp_path):
-    process = start(*[flag for flag in SMALL if "compile" not in flag], "--compile", "--run-dir", tmp_path / "runs",
-                    TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "cache"))
+    process = start(
+        *[flag for flag in SMALL if "compile" not in flag],
+        "--compile",
+        "--run-dir",
+        tmp_path / "runs",
+        TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "cache"),
+    )
     wait_for(tmp_path / "runs", "*/events*")
     time.sleep(3)
     os.killpg(process.pid, signal.SIGINT)
@@ -364,14 +427,26 @@ def test_bandits_leave_no_workers(tmp_path, number, group):
 # ---- 5. numbers that cannot work ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("script", "flags"), [
-    ("dtql_continuous.py", ["--seed", str(2**63)]), ("dtql_continuous.py", ["--seed", str(2**63 - 1)]), ("dtql_continuous.py", ["--seed", "-1"]),
-    ("dtql_continuous.py", ["--batch-size", str(10**12)]), ("dtql_continuous.py", ["--num-candidates", str(10**12)]),
-    ("dtql_continuous.py", ["--eval-episodes", str(10**12)]), ("dtql_continuous.py", ["--num-seeds", str(10**9)]),
-    ("dtql_continuous.py", ["--learning-rate", "inf"]), ("dtql_continuous.py", ["--gamma", "nan"]), ("iql.py", ["--beta", "inf"]),
-    ("speed.py", ["--models", "0"]), ("speed.py", ["--rounds", "0"]), ("speed.py", ["--batch-sizes", "-5"]),
-    ("toy_bandit.py", ["--seed", str(2**64)]), ("toy_bandit.py", ["--seed", "-1"]),
-])
+@pytest.mark.parametrize(
+    ("script", "flags"),
+    [
+        ("dtql_continuous.py", ["--seed", str(2**63)]),
+        ("dtql_continuous.py", ["--seed", str(2**63 - 1)]),
+        ("dtql_continuous.py", ["--seed", "-1"]),
+        ("dtql_continuous.py", ["--batch-size", str(10**12)]),
+        ("dtql_continuous.py", ["--num-candidates", str(10**12)]),
+        ("dtql_continuous.py", ["--eval-episodes", str(10**12)]),
+        ("dtql_continuous.py", ["--num-seeds", str(10**9)]),
+        ("dtql_continuous.py", ["--learning-rate", "inf"]),
+        ("dtql_continuous.py", ["--gamma", "nan"]),
+        ("iql.py", ["--beta", "inf"]),
+        ("speed.py", ["--models", "0"]),
+        ("speed.py", ["--rounds", "0"]),
+        ("speed.py", ["--batch-sizes", "-5"]),
+        ("toy_bandit.py", ["--seed", str(2**64)]),
+        ("toy_bandit.py", ["--seed", "-1"]),
+    ],
+)
 def test_impossible_numbers_are_refused_at_once(tmp_path, monkeypatch, script, flags):
     monkeypatch.chdir(tmp_path)
     assert_one_line(run_script(*flags, script=script), flags[0])
@@ -402,12 +477,21 @@ def answer(reply: bytes) -> str:
     return f"http://127.0.0.1:{server.getsockname()[1]}"
 
 
-@pytest.mark.parametrize("reply", [
-    b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n1000\r\nonly this", b"no HTTP at all\r\n\r\n", b"",
-    b"HTTP/1.1 200 OK\r\nX-Long: " + b"x" * 70_000 + b"\r\n\r\n", b"HTTP/1.1 200 OK\r\nContent-Length: many\r\n\r\nabc",
-    b"HTTP/1.1 200 OK\r\n" + b"".join(b"X-%d: y\r\n" % i for i in range(300)) + b"\r\n", b"HTTP/1.1 404 Not Found\r\n\r\n",
-    b"HTTP/1.1 302 Found\r\nLocation: ftp:nowhere\r\n\r\n", b"HTTP/1.1 nine OK\r\n\r\n",
-], ids=range(9))
+@pytest.mark.parametrize(
+    "reply",
+    [
+        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n1000\r\nonly this",
+        b"no HTTP at all\r\n\r\n",
+        b"",
+        b"HTTP/1.1 200 OK\r\nX-Long: " + b"x" * 70_000 + b"\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\nContent-Length: many\r\n\r\nabc",
+        b"HTTP/1.1 200 OK\r\n" + b"".join(b"X-%d: y\r\n" % i for i in range(300)) + b"\r\n",
+        b"HTTP/1.1 404 Not Found\r\n\r\n",
+        b"HTTP/1.1 302 Found\r\nLocation: ftp:nowhere\r\n\r\n",
+        b"HTTP/1.1 nine OK\r\n\r\n",
+    ],
+    ids=range(9),
+)
 def test_servers_that_misbehave(hopper, monkeypatch, reply):
     hopper.unlink()
     monkeypatch.setenv("D4RL_BASE_URL", answer(reply))
@@ -416,7 +500,9 @@ def test_servers_that_misbehave(hopper, monkeypatch, reply):
     assert "\n" not in str(error.value) and len(str(error.value)) < 700 and list(hopper.parent.iterdir()) == []
 
 
-@pytest.mark.parametrize("url", ["http://no such host/", "http://127.0.0.1:99999/", "http://127.0.0.1:port/", "gopher://x/", "nonsense", "http://[::1"])
+@pytest.mark.parametrize(
+    "url", ["http://no such host/", "http://127.0.0.1:99999/", "http://127.0.0.1:port/", "gopher://x/", "nonsense", "http://[::1"]
+)
 def test_addresses_that_are_none(hopper, monkeypatch, url):
     hopper.unlink()
     monkeypatch.setenv("D4RL_BASE_URL", url)
@@ -456,11 +542,21 @@ def test_hdf5_files_with_wrong_bytes(tmp_path):
     assert refused > 50
 
 
-@pytest.mark.parametrize("changes", [
-    dict(rewards=np.array([b"much"] * 600)), dict(actions=np.array([[b"left"] * 3] * 600)), dict(terminals=np.full(600, np.nan)),
-    dict(timeouts=np.full(600, np.nan)), dict(timeouts=np.full(600, 2.0)), dict(terminals=np.full(600, -1)), dict(observations=np.float32(3)),
-    dict(rewards=np.zeros(600, complex)), dict(timeouts=np.zeros((600, 2))), dict(timeouts=np.float32(0)),
-])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(rewards=np.array([b"much"] * 600)),
+        dict(actions=np.array([[b"left"] * 3] * 600)),
+        dict(terminals=np.full(600, np.nan)),
+        dict(timeouts=np.full(600, np.nan)),
+        dict(timeouts=np.full(600, 2.0)),
+        dict(terminals=np.full(600, -1)),
+        dict(observations=np.float32(3)),
+        dict(rewards=np.zeros(600, complex)),
+        dict(timeouts=np.zeros((600, 2))),
+        dict(timeouts=np.float32(0)),
+    ],
+)
 def test_columns_that_are_no_numbers(hopper, changes):
     write_d4rl(hopper, **changes)
     with pytest.raises(UserError) as error:
@@ -500,8 +596,17 @@ def minari_set(monkeypatch, tmp_path) -> Path:
         collector.reset(seed=0)
         for _ in range(30):
             collector.step(collector.action_space.sample())
-    collector.create_dataset("test/small-v0", algorithm_name="random", author="t", author_email="t", code_permalink="t",
-                             description="t", eval_env=gym.make("Pendulum-v1"), ref_min_score=-1000.0, ref_max_score=0.0)
+    collector.create_dataset(
+        "test/small-v0",
+        algorithm_name="random",
+        author="t",
+        author_email="t",
+        code_permalink="t",
+        description="t",
+        eval_env=gym.make("Pendulum-v1"),
+        ref_min_score=-1000.0,
+        ref_max_score=0.0,
+    )
     return tmp_path / "minari" / "test" / "small-v0"
 
 

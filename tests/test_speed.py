@@ -4,14 +4,14 @@ import csv
 import subprocess
 import sys
 
-import common
-import dtql_continuous as dtql
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from helpers import FLAGS, ROOT, assert_same_end, make_agent, make_args, run_script, whole_and_resumed
 
+import common
+import dtql_continuous as dtql
 import speed
 import stacked
 
@@ -59,8 +59,7 @@ def test_compiled_and_eager_policies_act_alike_in_any_number_of_states(compiled_
     graphs = []
     for count in (5, 1, 2):
         obs = np.random.default_rng(0).standard_normal((1, count, 11)).astype(np.float32)
-        actions = [agent.best_of(agent.models.params, obs, torch.Generator().manual_seed(0))
-                   for agent in agents]
+        actions = [agent.best_of(agent.models.params, obs, torch.Generator().manual_seed(0)) for agent in agents]
         np.testing.assert_allclose(actions[1], actions[0], rtol=1e-4, atol=1e-5)
         graphs.append(compiled_graphs())
     assert len(set(graphs)) == 1  # nothing is compiled again for another number
@@ -71,8 +70,15 @@ def test_without_a_compiler_a_run_goes_on_with_one_note(hopper, tmp_path):
     path = tmp_path / "bin"  # a PATH with python and nothing else
     path.mkdir()
     (path / "python").symlink_to(sys.executable)
-    result = run_script(*flags, "--compile", "--run-dir", tmp_path / "a", PATH=str(path), CXX="no-such-compiler",
-                        TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "cache"))
+    result = run_script(
+        *flags,
+        "--compile",
+        "--run-dir",
+        tmp_path / "a",
+        PATH=str(path),
+        CXX="no-such-compiler",
+        TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "cache"),
+    )
     assert result.returncode == 0, result.stderr
     assert result.stderr.count("note: going on without --compile") == 1, result.stderr
     eager = run_script(*flags, "--no-compile", "--run-dir", tmp_path / "b")
@@ -80,13 +86,16 @@ def test_without_a_compiler_a_run_goes_on_with_one_note(hopper, tmp_path):
     assert_same_end(*(next((tmp_path / name).iterdir()) for name in "ab"))
 
 
-@pytest.mark.parametrize("flags, compiled", [
-    ([], False),  # the demo, 3000 updates
-    (["--env-id", "hopper-medium-v2"], True),
-    (["--env-id", "hopper-medium-v2", "--epochs", "9", "--pretrain-epochs", "0"], False),
-    (["--env-id", "hopper-medium-v2", "--no-compile"], False),
-    (["--compile"], True),
-])
+@pytest.mark.parametrize(
+    "flags, compiled",
+    [
+        ([], False),  # the demo, 3000 updates
+        (["--env-id", "hopper-medium-v2"], True),
+        (["--env-id", "hopper-medium-v2", "--epochs", "9", "--pretrain-epochs", "0"], False),
+        (["--env-id", "hopper-medium-v2", "--no-compile"], False),
+        (["--compile"], True),
+    ],
+)
 def test_only_long_runs_are_compiled_unless_asked_for(flags, compiled):
     assert common.parse_args(dtql.Args, dtql.task_defaults, flags).compile == compiled
 
@@ -94,8 +103,12 @@ def test_only_long_runs_are_compiled_unless_asked_for(flags, compiled):
 def test_speed_table(tmp_path):
     """The command of the README, cut short: every variant is there, and the floor is below the update."""
     table = tmp_path / "speed.csv"
-    result = subprocess.run([sys.executable, ROOT / "speed.py", "--no-cuda", "--models", "1", "--batch-sizes", "32",
-                             "--rounds", "1", "--csv", table], capture_output=True, text=True, timeout=300)
+    result = subprocess.run(
+        [sys.executable, ROOT / "speed.py", "--no-cuda", "--models", "1", "--batch-sizes", "32", "--rounds", "1", "--csv", table],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert result.returncode == 0, result.stderr
     with open(table) as file:
         rows = {(row["what"], row["variant"]): row for row in csv.DictReader(file)}

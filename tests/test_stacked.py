@@ -3,24 +3,32 @@
 import copy
 import functools
 
-import bc
-import dtql_continuous as dtql
-import iql
-import kl_distill
 import numpy as np
 import pytest
-import stacked
 import torch
-from common import UserError
 from helpers import assert_updates_agree, first, make_agent, run_updates, train, updates
-from stacked import detach
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+import bc
+import dtql_continuous as dtql
+import iql
+import kl_distill
+import stacked
+from common import UserError
+from stacked import detach
+
 AGENTS = [
-    (dtql, {}), (dtql, dict(policy="implicit", nll=False)), (dtql, dict(lr_decay=True)), (kl_distill, dict(lr_decay=True)),
-    (bc, {}), (bc, dict(policy="gaussian")), (bc, dict(policy="diffusion")), (iql, {}), (iql, dict(dropout=0.1)),
+    (dtql, {}),
+    (dtql, dict(policy="implicit", nll=False)),
+    (dtql, dict(lr_decay=True)),
+    (kl_distill, dict(lr_decay=True)),
+    (bc, {}),
+    (bc, dict(policy="gaussian")),
+    (bc, dict(policy="diffusion")),
+    (iql, {}),
+    (iql, dict(dropout=0.1)),
 ]
 
 # What a CUDA graph cannot hold: the host reading a tensor or making one from its own numbers, shapes that depend on values
@@ -277,6 +285,7 @@ def test_what_cannot_be_compiled_runs_eagerly_with_one_note(capsys, monkeypatch,
     def broken(function, **_):
         def call(*args):
             raise RuntimeError("no\ntriton")
+
         return call
 
     monkeypatch.setattr(torch, "compile", broken)
@@ -299,6 +308,7 @@ def test_a_graph_that_computes_something_else_is_given_up_with_one_note(capsys, 
         def replay():
             torch.randn(3)  # other noise than the eager update's
             update()
+
         return replay
 
     monkeypatch.setattr(stacked, "capture", stale)
@@ -316,5 +326,7 @@ def test_a_good_graph_is_used_and_nothing_is_changed_by_preparing(capsys, monkey
 def test_an_error_of_the_update_itself_is_not_swallowed(uncompiled):
     agent = make_agent(compile=True)
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied|size"):
-        agent.models.prepare(lambda: agent.models.step(agent.denoiser_loss, agent.data.sample(1, 8), torch.ones(1, 8, 1),
-                                                       torch.ones(1, 8, 5)), graph=False)
+        agent.models.prepare(
+            lambda: agent.models.step(agent.denoiser_loss, agent.data.sample(1, 8), torch.ones(1, 8, 1), torch.ones(1, 8, 5)),
+            graph=False,
+        )

@@ -6,9 +6,10 @@ import sys
 
 import matplotlib.image
 import pytest
-import toy_bandit
 import torch
 from helpers import ROOT
+
+import toy_bandit
 from toy_bandit import GRID, PROBLEMS
 
 
@@ -83,7 +84,9 @@ def test_the_trust_region_settles_on_one_corner():
     assert numbers["on data"] >= 95 and numbers["modes"] == 1 and numbers["in the best mode"] >= 95
 
 
-@pytest.mark.parametrize("flags", [["--figure", "4"], ["--out-dir", "/proc/none"], ["--seed", "x"], ["--seed", "18446744073709551616"]])
+@pytest.mark.parametrize(
+    "flags", [["--figure", "4"], ["--out-dir", "/proc/none"], ["--seed", "x"], ["--seed", "18446744073709551616"]]
+)
 def test_bad_input_is_one_line(flags):
     result = subprocess.run([sys.executable, ROOT / "toy_bandit.py", *flags], capture_output=True, text=True)
     assert result.returncode == 2 and len(result.stderr.splitlines()) == 1 and "error:" in result.stderr

@@ -7,27 +7,46 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-import common
-import d4rl_tasks
 import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from common import UserError
-from helpers import (FLAGS, ROOT, assert_same_end, command, make_args, make_task, params_of, rows_of, run_script, start, updates,
-                     wait_for, write_d4rl)
+from helpers import (
+    FLAGS,
+    ROOT,
+    assert_same_end,
+    make_args,
+    params_of,
+    rows_of,
+    run_script,
+    start,
+    updates,
+    wait_for,
+    write_d4rl,
+)
 
 import bc
+import common
+import d4rl_tasks
 import data
 import dtql_continuous as dtql
 import iql
 import kl_distill
+from common import UserError
 
-@pytest.mark.parametrize(("module", "changes", "lower"), [
-    (dtql, {}, ["critic", "denoiser", "actor"]), (dtql, dict(policy="implicit"), ["critic", "denoiser", "actor"]),
-    (kl_distill, {}, ["critic"]), (bc, {}, ["actor"]), (bc, dict(policy="gaussian"), ["actor"]),
-    (bc, dict(policy="diffusion"), ["actor"]), (iql, {}, ["actor"]),
-])
+
+@pytest.mark.parametrize(
+    ("module", "changes", "lower"),
+    [
+        (dtql, {}, ["critic", "denoiser", "actor"]),
+        (dtql, dict(policy="implicit"), ["critic", "denoiser", "actor"]),
+        (kl_distill, {}, ["critic"]),
+        (bc, {}, ["actor"]),
+        (bc, dict(policy="gaussian"), ["actor"]),
+        (bc, dict(policy="diffusion"), ["actor"]),
+        (iql, {}, ["actor"]),
+    ],
+)
 def test_training_changes_every_network_and_losses_fall(hopper, tmp_path, module, changes, lower):
     from helpers import AGENT
 
@@ -83,8 +102,16 @@ def test_a_run_leaves_a_whole_folder(hopper, tmp_path):
     events = EventAccumulator(str(run_dir))
     events.Reload()
     tags = set(events.Tags()["scalars"])
-    assert {"losses/critic", "losses/value", "losses/denoiser", "losses/actor", "losses/trust_region", "charts/SPS",
-            "eval/score_mean", "eval/score_mean_seed8"} <= tags
+    assert {
+        "losses/critic",
+        "losses/value",
+        "losses/denoiser",
+        "losses/actor",
+        "losses/trust_region",
+        "charts/SPS",
+        "eval/score_mean",
+        "eval/score_mean_seed8",
+    } <= tags
     assert [event.step for event in events.Scalars("losses/critic")] == [20, 40, 60, 80]
 
 
@@ -124,9 +151,12 @@ def test_resume_after_an_end_is_a_no_op_and_conflicts_are_named(hopper, tmp_path
 
 
 RUN = ("--env-id=hopper-medium-v2", *FLAGS, "--epochs=8", "--eval-every=2")
-SCRIPTS = {"dtql_continuous.py": ("--num-candidates=8", "--pretrain-epochs=1", "--lr-decay"),
-           "kl_distill.py": ("--num-candidates=8", "--pretrain-epochs=1"), "bc.py": ("--policy=diffusion", "--sampling-steps=3"),
-           "iql.py": ("--dropout=0.1",)}
+SCRIPTS = {
+    "dtql_continuous.py": ("--num-candidates=8", "--pretrain-epochs=1", "--lr-decay"),
+    "kl_distill.py": ("--num-candidates=8", "--pretrain-epochs=1"),
+    "bc.py": ("--policy=diffusion", "--sampling-steps=3"),
+    "iql.py": ("--dropout=0.1",),
+}
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
