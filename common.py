@@ -129,8 +129,11 @@ def parse_args(cls: type, task_defaults: Callable[[str], dict[str, Any]], argv: 
     resumed = given.resume is not None
     settings = _resumed_settings(cls, given.resume) if resumed else task_defaults(given.env_id)
     settings = {"env_id": given.env_id, **settings, "resume": given.resume}
-    args = cli(cls, argv, default=cls(**settings))
-    return args if resumed else cli(cls, argv, default=cls(**{**settings, **run_defaults(args)}))
+    if resumed:
+        return cli(cls, argv, default=cls(**settings))
+    # Twice, because --help should show what follows from the task, and what is given changes what follows
+    args = cli(cls, argv, default=cls(**{**settings, **run_defaults(cls(**settings))}))
+    return cli(cls, argv, default=cls(**{**settings, **run_defaults(args)}))
 
 
 def cli(cls: type, argv: Sequence[str] | None = None, **options: Any) -> Any:

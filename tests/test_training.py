@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import time
 from dataclasses import replace
@@ -311,6 +312,7 @@ def test_help_shows_the_values_of_the_task():
     for default in ("(default: 1500.0)", "(default: 3e-05)", "(default: 300)", "(default: pen-human-v1)"):
         assert default in text
     assert "--nll, --no-nll" in text
+    assert re.search(r"default to no \(default: True\)", text)  # --compile, which follows from the number of updates
 
 
 def test_table_4_and_other_defaults():
