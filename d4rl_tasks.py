@@ -252,7 +252,7 @@ _PAGE = """# Tasks
 |---|---|---|---|
 | D4RL | `hopper-medium-v2`, the 26 ids below | D4RL's file in `$D4RL_DATASET_DIR` (else `~/.d4rl/datasets`), downloaded if it is missing; `$D4RL_BASE_URL` names another server | D4RL's, rebuilt on Gymnasium: this page |
 | Minari | `D4RL/pen/human-v2`, any id with a slash | where Minari keeps it (`$MINARI_DATASETS_PATH`), downloaded if it is missing | the data set's own |
-| demo | `dtql/pointmaze-umaze-v0` | collected in a minute by a scripted controller | gymnasium-robotics' PointMaze |
+| mazes | `dtql/pointmaze-umaze-v0` (the demo), `dtql/pointmaze-medium-v0`, `dtql/pointmaze-large-v0` | collected in a minute by a scripted controller that drives between random cells | gymnasium-robotics' PointMaze, from one end of the longest shortest path to the other |
 
 A D4RL id always means D4RL's file and D4RL's environment, a Minari id Minari's data and its own environment: scores of the two are
 not comparable. `import d4rl_tasks` registers every D4RL id twice: `d4rl/<id>`, always the environment of this project, and `<id>`

@@ -273,8 +273,8 @@ def _load_minari(env_id: str) -> Task:
 
     try:
         if not (_minari_root() / env_id / "data").exists():
-            if env_id == DEMO_ID:
-                collect_demo()
+            if env_id in POINTMAZES:
+                collect_pointmaze(env_id)
             else:
                 print(f"downloading {env_id} with Minari")
                 with _staged_minari(env_id):
@@ -391,38 +391,62 @@ def _flatten(space: gym.Space, rows: Any) -> np.ndarray:
     return np.stack([gym.spaces.flatten(space, row) for row in rows])
 
 
-# ---- the demo ------------------------------------------------------------------------------------------------------
+# ---- mazes that collect their own data ---------------------------------------------------------------------------------
 
-DEMO_STEPS = 100_000
-_DEMO_MAP = [[1, 1, 1, 1, 1], [1, "g", 0, 0, 1], [1, 1, 1, 0, 1], [1, 0, 0, 0, 1], [1, 1, 1, 1, 1]]
-_DEMO_PATH = [(1, 1), (1, 2), (1, 3), (2, 3), (3, 3), (3, 2), (3, 1)]  # the U's free cells in walking order
+# gymnasium-robotics' PointMaze and steps of data; the first is the demo
+POINTMAZES = {
+    DEMO_ID: ("PointMaze_UMaze-v3", 100_000),
+    "dtql/pointmaze-medium-v0": ("PointMaze_Medium-v3", 200_000),
+    "dtql/pointmaze-large-v0": ("PointMaze_Large-v3", 200_000),
+}
+Cell = tuple[int, int]  # row, column
 
 
-def collect_demo() -> None:
-    """Collect the demo's data into a local Minari data set: a point mass in a U-maze.
+def shortest_paths(maze_map: list[list[Any]], start: Cell) -> dict[Cell, list[Cell]]:
+    """The shortest path from `start` to each free cell, both ends included, nearest cells first."""
+    paths, queue = {start: [start]}, [start]
+    for row, column in queue:  # breadth first: the queue grows while it is walked through
+        for cell in ((row, column + 1), (row + 1, column), (row, column - 1), (row - 1, column)):
+            if maze_map[cell[0]][cell[1]] != 1 and cell not in paths:
+                paths[cell] = [*paths[row, column], cell]
+                queue.append(cell)
+    return paths
 
-    A scripted controller (PD with noise) drives between random cells, as D4RL's maze2d data was made. The goal is one
-    end of the U; evaluation starts at the other.
+
+def _free_cells(maze_map: list[list[Any]]) -> list[Cell]:
+    return [(i, j) for i, row in enumerate(maze_map) for j, cell in enumerate(row) if cell != 1]
+
+
+def collect_pointmaze(env_id: str) -> None:
+    """Collect a maze's data into a local Minari data set: a point mass between random cells.
+
+    A scripted controller (PD with noise) drives along shortest paths, as D4RL's maze2d data was made. Evaluation goes from one
+    end of the maze's longest shortest path to the other.
     """
     import minari
 
-    with _staged_minari(DEMO_ID):
-        evaluation_map = [list(row) for row in _DEMO_MAP]
-        evaluation_map[3][1] = "r"
-        make = functools.partial(gym.make, "PointMaze_UMaze-v3", continuing_task=False, disable_env_checker=True)
-        env = minari.DataCollector(make(maze_map=_DEMO_MAP))
+    gym_id, total = POINTMAZES[env_id]
+    with _staged_minari(env_id):
+        maze_map = [list(row) for row in gym.spec(gym_id).kwargs["maze_map"]]
+        paths = {cell: shortest_paths(maze_map, cell) for cell in _free_cells(maze_map)}
+        goal, start = max(((a, b) for a in paths for b in paths), key=lambda ends: len(paths[ends[0]][ends[1]]))
+        maze_map[goal[0]][goal[1]] = "g"
+        evaluation_map = [list(row) for row in maze_map]
+        evaluation_map[start[0]][start[1]] = "r"
+        cells = list(paths[goal])
+        make = functools.partial(gym.make, gym_id, continuing_task=False, disable_env_checker=True)
+        env = minari.DataCollector(make(maze_map=maze_map))
         maze, rng = env.unwrapped.maze, np.random.default_rng(0)
-        with progress_bar(total=DEMO_STEPS, unit="step", desc="collecting the demo's data") as progress:
+        with progress_bar(total=total, unit="step", desc=f"collecting the data of {env_id}") as progress:
             steps = 0
-            while steps < DEMO_STEPS:
+            while steps < total:
                 obs, _ = env.reset(seed=int(rng.integers(2**31)))
                 done, path = False, []
                 while not done:
                     position, velocity = obs["observation"][:2], obs["observation"][2:]
                     if not path:  # walk to another cell, through all the cells between
-                        cell = tuple(int(i) for i in maze.cell_xy_to_rowcol(position))
-                        here, there = _DEMO_PATH.index(cell), int(rng.integers(len(_DEMO_PATH)))
-                        path = _DEMO_PATH[here : there + 1] or _DEMO_PATH[there : here + 1][::-1]
+                        here = tuple(int(i) for i in maze.cell_xy_to_rowcol(position))
+                        path = list(paths[here][cells[rng.integers(len(cells))]])
                     target = maze.cell_rowcol_to_xy(np.array(path[0]))
                     action = 10 * (target - position) - velocity + 0.5 * rng.standard_normal(2)
                     obs, _, terminated, truncated, _ = env.step(action.clip(-1, 1).astype(np.float32))
@@ -433,7 +457,7 @@ def collect_demo() -> None:
                     progress.update()
         evaluation_env = make(maze_map=evaluation_map)
         env.create_dataset(
-            DEMO_ID,
+            env_id,
             eval_env=evaluation_env,
             algorithm_name="PD controller between random cells",
             author="DTQL",
@@ -441,6 +465,6 @@ def collect_demo() -> None:
             code_permalink="none",
             ref_min_score=0.0,
             ref_max_score=1.0,
-            description="The demo task of the DTQL scripts",
+            description="A maze of the DTQL scripts",
         )
         env.close()

@@ -66,8 +66,8 @@ SETTINGS = {
 
 def task_defaults(env_id: str) -> dict[str, Any]:
     """The arguments in which a task's defaults differ from those of `Args`, which are the demo's."""
-    if env_id == data.DEMO_ID:
-        return {}
+    if env_id in data.POINTMAZES:
+        return {} if env_id == data.DEMO_ID else dict(epochs=20)
     domain = data.domain(env_id)
     expectile, beta, dropout = SETTINGS.get(data.d4rl_id(env_id), SETTINGS.get(domain, SETTINGS["locomotion"]))
     return dict(

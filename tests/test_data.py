@@ -264,10 +264,45 @@ def test_damaged_minari_data_set(monkeypatch, tmp_path):
         data.load_task("test/broken-v0")
 
 
+def shorten(monkeypatch, steps: int) -> None:
+    """Let every maze collect no more than so many steps (and the rest of an episode)."""
+    monkeypatch.setattr(data, "POINTMAZES", {env_id: (gym_id, steps) for env_id, (gym_id, _) in data.POINTMAZES.items()})
+
+
+def test_shortest_paths():
+    maze = [[1, 1, 1, 1, 1], [1, 0, 0, 0, 1], [1, 0, 1, 0, 1], [1, 0, 1, 0, 1], [1, 1, 1, 1, 1]]
+    paths = data.shortest_paths(maze, (3, 1))
+    assert paths[3, 3] == [(3, 1), (2, 1), (1, 1), (1, 2), (1, 3), (2, 3), (3, 3)]
+    assert [len(path) for path in paths.values()] == [1, 2, 3, 4, 5, 6, 7] and paths[3, 1] == [(3, 1)]
+    open_field = [[1] * 6, *[[1, 0, 0, 0, 0, 1] for _ in range(4)], [1] * 6]
+    for (row, column), path in data.shortest_paths(open_field, (2, 1)).items():
+        assert len(path) == 1 + abs(row - 2) + abs(column - 1)
+        assert all(abs(a[0] - b[0]) + abs(a[1] - b[1]) == 1 for a, b in zip(path, path[1:]))
+
+
+@pytest.mark.parametrize(
+    ("env_id", "cells", "limit"), [("dtql/pointmaze-medium-v0", 12, 600), ("dtql/pointmaze-large-v0", 20, 800)]
+)
+def test_mazes_are_evaluated_along_their_longest_shortest_path(monkeypatch, tmp_path, env_id, cells, limit):
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
+    shorten(monkeypatch, 1500)
+    task = data.load_task(env_id)
+    assert task.sparse_goal and len(task.obs) >= 1500
+    env = task.make_env()
+    maze = env.unwrapped.maze
+    assert env.spec.max_episode_steps == limit
+    for seed in range(3):
+        obs, _ = env.reset(seed=seed)
+        start, goal = (tuple(int(i) for i in maze.cell_xy_to_rowcol(xy)) for xy in (obs[:2], obs[2:4]))
+        maze_map = [[1 if cell == 1 else 0 for cell in row] for row in maze.maze_map]
+        assert len(data.shortest_paths(maze_map, start)[goal]) == cells
+    env.close()
+
+
 def test_demo_data(monkeypatch, tmp_path):
     """A shorter collection: whole or absent, evaluated from the other end of the U, scored by success."""
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
-    monkeypatch.setattr(data, "DEMO_STEPS", 3000)
+    shorten(monkeypatch, 3000)
     task = data.load_task(data.DEMO_ID)
     assert task.sparse_goal and len(task.obs) >= 3000 and np.abs(task.actions).max() <= 1
     assert [path.name for path in tmp_path.iterdir()] == ["dtql"]  # no leftovers

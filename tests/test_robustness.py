@@ -687,7 +687,7 @@ def test_policies_refuse_nan(run_dir):
 
 def test_mazes_leave_no_files(monkeypatch, tmp_path):
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "minari"))
-    monkeypatch.setattr(data, "DEMO_STEPS", 500)
+    monkeypatch.setattr(data, "POINTMAZES", {data.DEMO_ID: ("PointMaze_UMaze-v3", 500)})
     (tmp_path / "tmp").mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
     task = data.load_task(data.DEMO_ID)
