@@ -254,11 +254,13 @@ class LockstepEnvs:
     Create it before the first CUDA call: workers are forked.
     """
 
+    max_workers: int | None = None  # where several runs share a machine
+
     def __init__(self, make_env: Callable[[], gym.Env], seeds: Sequence[int], num_workers: int | None = None):
         """`seeds`: one for each copy. `num_workers`: below 2 all copies live in this process; None chooses by cores."""
         if num_workers is None:  # with fewer than 4 copies each, workers' messages cost more than they save
             cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-            num_workers = min(cores - 1, len(seeds) // 4)
+            num_workers = min(cores - 1 if self.max_workers is None else self.max_workers, len(seeds) // 4)
         self.num_copies, self.pipes, self.processes = len(seeds), [], []
         self.local = _Shard(make_env, seeds) if num_workers < 2 else None
         if self.local:

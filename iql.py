@@ -67,7 +67,7 @@ SETTINGS = {
 def task_defaults(env_id: str) -> dict[str, Any]:
     """The arguments in which a task's defaults differ from those of `Args`, which are the demo's."""
     if env_id in data.POINTMAZES:
-        return {} if env_id == data.DEMO_ID else dict(epochs=20)
+        return {} if env_id == data.DEMO_ID else dict(epochs=10, eval_every=2, batch_size=128)
     domain = data.domain(env_id)
     expectile, beta, dropout = SETTINGS.get(data.d4rl_id(env_id), SETTINGS.get(domain, SETTINGS["locomotion"]))
     return dict(

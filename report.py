@@ -1,0 +1,426 @@
+"""Tables and pictures of many runs: each task and method, beside the paper's numbers where there are any.
+
+A run is one training seed; its score on a task is the mean over its evaluation's episodes. Statistics over tasks follow Agarwal
+et al., "Deep Reinforcement Learning at the Edge of the Statistical Precipice" (2021); the curve over the number of evaluation
+episodes follows Jackson et al., "A Clean Slate for Offline Reinforcement Learning" (2025).
+"""
+
+import collections
+import csv
+import json
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from matplotlib.figure import Figure
+
+import common
+import d4rl_tasks
+import data
+
+DRAWS = 2000  # of the bootstrap
+PULLS, REPEATS, POLICIES = 200, 1000, 8  # of the evaluation budget: episodes, repetitions, policies to choose among
+PAPER_NAMES = {"dtql_continuous": "DTQL", "kl_distill": "DTQL with KL loss", "bc": "BC", "iql": "IQL"}
+STATUS_FILE = "status.json"  # beside the folder of a run of benchmark.py: how it ended
+
+_d4rl = list(d4rl_tasks.TASKS)
+GROUPS: dict[str, list[str]] = {
+    "pointmaze": list(data.POINTMAZES),
+    "gym": [name for name in _d4rl if data.domain(name) == "locomotion"],
+    "antmaze": [name for name in _d4rl if name.startswith("antmaze") and name.endswith("v0")],
+    "antmaze-v2": [name for name in _d4rl if name.startswith("antmaze") and name.endswith("v2")],
+    "adroit": [name for name in _d4rl if name.startswith("pen")],
+    "kitchen": [name for name in _d4rl if name.startswith("kitchen")],
+}
+GROUPS["paper"] = [name for group in ("gym", "antmaze", "adroit", "kitchen") for name in GROUPS[group]]
+
+# The paper's averages that its own cells do not give
+MISPRINTS = {
+    ("antmaze", "SRPO"): "the paper prints an average of 30.1; its cells give 60.1",
+    ("antmaze", "Onestep RL"): "the paper prints an average of 20.9; its cells give 23.1",
+    ("antmaze", "TD3+BC"): "the paper prints an average of 27.3; its cells give 25.0",
+    ("gym", "BC"): "the paper prints an average of 51.9; its cells give 51.2",
+    ("gym", "DT"): "the paper prints an average of 74.7; its cells give 74.6",
+    ("gym", "CQL"): "the paper prints an average of 77.6; its cells give 77.7",
+    ("gym", "DQL"): "the paper prints an average of 88.0; its cells give 87.9",
+    ("antmaze-v2", "SRPO"): "the paper prints an average of 73.6 (Table 6); its cells give 73.7",
+}
+
+
+# ---- statistics, of scores divided by 100 ------------------------------------------------------------------------------
+
+
+def iqm(scores: np.ndarray) -> np.ndarray:
+    """Interquartile mean over the last dimension (n,): without floor(n / 4) scores at each end."""
+    cut = scores.shape[-1] // 4
+    return np.sort(scores, -1)[..., cut : scores.shape[-1] - cut].mean(-1)
+
+
+def optimality_gap(scores: np.ndarray) -> np.ndarray:
+    """1 - mean of min(score, 1) over the last dimension."""
+    return 1 - np.minimum(scores, 1).mean(-1)
+
+
+def bootstrap(tasks: Sequence[np.ndarray], statistic: Callable[[np.ndarray], np.ndarray], seed: int = 0) -> tuple[float, float]:
+    """95 % interval of a statistic of all runs, from `tasks`, one array of run scores each.
+
+    Stratified: each task's runs are drawn anew with replacement, tasks stay. With few runs it is somewhat too narrow.
+    """
+    rng = np.random.default_rng(seed)
+    drawn = [runs[rng.integers(len(runs), size=(DRAWS, len(runs)))] for runs in tasks]
+    return tuple(np.percentile(statistic(np.concatenate(drawn, 1)), (2.5, 97.5)))
+
+
+def probability_of_improvement(
+    ours: Sequence[np.ndarray], theirs: Sequence[np.ndarray], seed: int = 0
+) -> tuple[float, float, float]:
+    """Mean over tasks of P(x > y) + P(x = y) / 2 over all pairs of runs, with its stratified 95 % interval."""
+
+    def of(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+        difference = x[..., :, None] - y[..., None, :]
+        return ((difference > 0) + 0.5 * (difference == 0)).mean((-2, -1))
+
+    rng = np.random.default_rng(seed)
+    draw = lambda runs: runs[rng.integers(len(runs), size=(DRAWS, len(runs)))]
+    draws = np.mean([of(draw(x), draw(y)) for x, y in zip(ours, theirs)], 0)
+    return (float(np.mean([of(x, y) for x, y in zip(ours, theirs)])), *map(float, np.percentile(draws, (2.5, 97.5))))
+
+
+def evaluation_budget(policies: Sequence[np.ndarray], seed: int = 0) -> np.ndarray:
+    """True mean score of the policy that looks best after 1, 2, ... PULLS episodes, (PULLS,).
+
+    `policies`: each one's episode scores. They are the arms of a bandit, each pull an episode of one of them; which comes next is
+    chosen by mean + sqrt(2 ln t / n). The mean over REPEATS repetitions, each with POLICIES of the policies.
+    """
+    rng = np.random.default_rng(seed)
+    number, length = min(POLICIES, len(policies)), min(map(len, policies))
+    episodes = np.stack([policy[:length] for policy in policies])
+    arms = rng.permuted(np.tile(np.arange(len(policies)), (REPEATS, 1)), axis=1)[:, :number]
+    truth, rows = episodes.mean(1)[arms], np.arange(REPEATS)
+    sums, counts, curve = np.zeros((REPEATS, number)), np.zeros((REPEATS, number)), np.zeros(PULLS)
+    for pull in range(PULLS):
+        with np.errstate(divide="ignore", invalid="ignore"):
+            bound = np.where(counts > 0, sums / counts + np.sqrt(2 * np.log(pull + 1) / counts), np.inf)
+            arm = bound.argmax(1)
+            sums[rows, arm] += episodes[arms[rows, arm], rng.integers(length, size=REPEATS)]
+            counts[rows, arm] += 1
+            best = np.where(counts > 0, sums / counts, -np.inf).argmax(1)
+        curve[pull] = truth[rows, best].mean()
+    return curve
+
+
+# ---- reading -----------------------------------------------------------------------------------------------------------
+
+
+class Run(NamedTuple):
+    """One training seed's evaluations, by epoch, and its episodes in the last one."""
+
+    task: str
+    method: str
+    seed: int
+    epochs: list[int]
+    scores: list[float]
+    lengths: list[float]
+    train_seconds: float
+    eval_seconds: float  # all evaluations together
+    episodes: np.ndarray  # scores in the last evaluation (E,)
+    updates: int  # at the last evaluation, with pretraining
+    device: str
+    finished: bool
+    status: str  # "" or why it did not end as it should
+    steps_per_epoch: int
+    together: int  # seeds trained as one stack, in train_seconds
+
+
+def read_table(file: Path) -> list[dict[str, str]]:
+    with open(file, newline="") as source:
+        return list(csv.DictReader(source))
+
+
+def read_runs(folder: Path) -> list[Run]:
+    """All runs below a folder, however they were made; of several of one task, method and seed the longest."""
+    found: dict[tuple[str, str, int], Run] = {}
+    for config_file in sorted(folder.rglob("config.json")):
+        try:
+            config = json.loads(config_file.read_text())
+            args, run_dir = config["args"], config_file.parent
+            rows = read_table(run_dir / "eval.csv") if (run_dir / "eval.csv").exists() else []
+            episodes = read_table(run_dir / "episodes.csv") if rows and (run_dir / "episodes.csv").exists() else []
+            last = rows[-1]["epoch"] if rows else None
+            status_file = run_dir.parent / STATUS_FILE
+            status = json.loads(status_file.read_text())["status"] if status_file.exists() else ""
+            for seed in range(args["seed"], args["seed"] + args["num_seeds"]):
+                own = [row for row in rows if int(row["seed"]) == seed]
+                run = Run(
+                    args["env_id"],
+                    config["exp_name"],
+                    seed,
+                    [int(row["epoch"]) for row in own],
+                    [float(row["score_mean"]) for row in own],
+                    [float(row["length_mean"]) for row in own],
+                    float(own[-1]["train_seconds"]) if own else 0.0,
+                    sum(float(row["eval_seconds"]) for row in own),
+                    np.array([float(row["score"]) for row in episodes if row["epoch"] == last and int(row["seed"]) == seed]),
+                    (int(last or 0) + args.get("pretrain_epochs", 0)) * args["steps_per_epoch"],
+                    config["device"],
+                    bool(own) and int(own[-1]["epoch"]) == args["epochs"],
+                    status,
+                    args["steps_per_epoch"],
+                    args["num_seeds"],
+                )
+                key = run.task, run.method, seed
+                if key not in found or len(run.epochs) >= len(found[key].epochs):
+                    found[key] = run
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise common.UserError(
+                f"{config_file.parent} is no whole run ({common.line(error)}): take it out of {folder}, or run it again"
+            ) from None
+    return list(found.values())
+
+
+def read_failures(folder: Path) -> dict[tuple[str, str], str]:
+    """(task, method) -> why there is no whole run of it, of those that benchmark.py started."""
+    statuses = [json.loads(file.read_text()) for file in sorted(folder.rglob(STATUS_FILE))]
+    return {(status["task"], status["method"]): status["status"] for status in statuses if status["status"]}
+
+
+def paper_scores() -> dict[tuple[str, str], tuple[float, float | None, str]]:
+    """The paper's cells: (task, method) -> (score, standard error, table)."""
+    cells = {}
+    for row in read_table(Path(__file__).parent / "results" / "paper_scores.csv"):
+        error = float(row["stderr"]) if row["stderr"] else None
+        cells.setdefault((row["task"], row["method"]), (float(row["score"]), error, row["source_table"]))
+    return cells
+
+
+# ---- writing -----------------------------------------------------------------------------------------------------------
+
+
+def mean_and_error(runs: Sequence[Run]) -> tuple[float, float]:
+    """Mean and standard error over all episodes of all runs' last evaluation, as in the paper's tables."""
+    scores = [run.scores[-1] for run in runs]
+    episodes = np.concatenate([run.episodes for run in runs]) if all(len(run.episodes) for run in runs) else np.array(scores)
+    return float(np.mean(scores)), float(episodes.std() / np.sqrt(len(episodes)))
+
+
+def markdown(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines) + "\n"
+
+
+def by_cell(runs: Sequence[Run]) -> dict[tuple[str, str], list[Run]]:
+    """(task, method) -> runs, tasks in the order of the groups."""
+    cells = collections.defaultdict(list)
+    order = [task for tasks in GROUPS.values() for task in tasks]
+    place = {task: index for index, task in reversed(list(enumerate(order)))}
+    for run in sorted(runs, key=lambda run: (place.get(run.task, len(order)), run.task, run.method, run.seed)):
+        cells[run.task, run.method].append(run)
+    return dict(cells)
+
+
+def groups_of(tasks: Iterable[str]) -> dict[str, list[str]]:
+    """The groups that these tasks belong to, each task once; what is in none is "other"."""
+    left, groups = list(dict.fromkeys(tasks)), {}
+    for name, members in GROUPS.items():
+        inside = [task for task in left if task in members]
+        if inside and name != "paper":
+            groups[name] = inside
+            left = [task for task in left if task not in inside]
+    return {**groups, "other": left} if left else groups
+
+
+def footnote(notes: list[str], note: str) -> str:
+    """The mark of a note, which is added to `notes` if it is new."""
+    if note not in notes:
+        notes.append(note)
+    return f"[{notes.index(note) + 1}]"
+
+
+def group_section(
+    name: str,
+    tasks: list[str],
+    methods: list[str],
+    cells: dict[tuple[str, str], list[Run]],
+    failures: dict[tuple[str, str], str],
+) -> str:
+    """The table of a group beside the paper's numbers, its footnotes and its statistics."""
+    paper, notes, rows, average = paper_scores(), [], [], ["average"]
+    published = [PAPER_NAMES.get(method) for method in methods]
+    published = [method for method in published if any((task, method) in paper for task in tasks)]
+    for task in tasks:
+        row = [f"`{task}`"]
+        for method in methods:
+            runs = [run for run in cells.get((task, method), []) if run.scores]
+            reasons = [run.status for run in cells.get((task, method), [])] + [failures.get((task, method), "")]
+            marks = "".join(f" {footnote(notes, reason)}" for reason in sorted(set(reasons) - {""}))
+            if runs:
+                mean, error = mean_and_error(runs)
+                marks = ("" if all(run.finished for run in runs) else " (unfinished)") + marks
+                row += [f"{mean:.1f} ± {error:.1f}{marks}", f"{np.mean([max(run.scores) for run in runs]):.1f}"]
+            else:
+                row += [f"failed{marks}" if marks else "missing", "missing"]
+        for method in published:
+            score, error, _ = paper.get((task, method), (None, None, None))
+            row.append("missing" if score is None else f"{score:g}" + (f" ± {error:g}" if error is not None else ""))
+        rows.append(row)
+    for method in methods:
+        for pick in ((lambda run: run.scores[-1]), (lambda run: max(run.scores))):
+            means = [[pick(run) for run in cells.get((task, method), []) if run.scores] for task in tasks]
+            average.append(f"{np.mean([np.mean(scores) for scores in means]):.1f}" if all(means) else "missing")
+    for method in published:
+        scores = [paper[task, method][0] for task in tasks if (task, method) in paper]
+        mark = ""
+        if tasks == GROUPS.get(name) and (name, method) in MISPRINTS:
+            mark = f" {footnote(notes, f'{method}: {MISPRINTS[name, method]}')}"
+        average.append(f"{np.mean(scores):.1f}{mark}" if len(scores) == len(tasks) else "missing")
+    columns = [column for method in methods for column in (f"{method}, last", "best")]
+    text = markdown(["task", *columns, *(f"paper: {method}" for method in published)], [*rows, average])
+    text += "".join(f"\n[{number}] {note}\n" for number, note in enumerate(notes, 1))
+    return f"## {name}\n\n{text}\n{statistics_section(tasks, methods, cells)}"
+
+
+def score_matrix(tasks: Sequence[str], method: str, cells: dict[tuple[str, str], list[Run]]) -> list[np.ndarray]:
+    """The last scores of each task's runs, divided by 100; empty unless every task has some."""
+    matrix = [np.array([run.scores[-1] / 100 for run in cells.get((task, method), []) if run.scores]) for task in tasks]
+    return matrix if all(len(runs) for runs in matrix) else []
+
+
+def statistics_section(tasks: list[str], methods: list[str], cells: dict[tuple[str, str], list[Run]]) -> str:
+    """IQM, optimality gap and probability of improvement of the methods with a run of every task."""
+    matrices = {method: matrix for method in methods if (matrix := score_matrix(tasks, method, cells))}
+    if not matrices:
+        return ""
+    rows = []
+    for method, matrix in matrices.items():
+        everything, means = np.concatenate(matrix), [runs.mean() for runs in matrix]
+        row = [method, "/".join(sorted({str(len(runs)) for runs in matrix}))]
+        for statistic in (iqm, optimality_gap):
+            low, high = bootstrap(matrix, statistic)
+            row.append(f"{statistic(everything):.3f} ({low:.3f} to {high:.3f})")
+        rows.append([*row, f"{np.mean(means):.3f}", f"{np.median(means):.3f}"])
+    text = "Last scores / 100 over these tasks; intervals by stratified bootstrap, somewhat too narrow with so few runs.\n\n"
+    text += markdown(["method", "runs per task", "IQM (95 %)", "optimality gap (95 %)", "mean", "median"], rows)
+    if len(matrices) > 1:
+        rows = []
+        for x in matrices:
+            pairs = ((0, 0, 0) if x == y else probability_of_improvement(matrices[x], matrices[y]) for y in matrices)
+            cell = "{:.2f} ({:.2f} to {:.2f})".format
+            rows.append([x, *("-" if x == y else cell(*pair) for y, pair in zip(matrices, pairs))])
+        text += "\nProbability that a run of the row's method scores above one of the column's (95 %):\n\n"
+        text += markdown(["", *matrices], rows)
+    return text + "\n"
+
+
+def time_section(cells: dict[tuple[str, str], list[Run]]) -> str:
+    """What the runs took, and where."""
+    rows = []
+    for (task, method), runs in cells.items():
+        training, evaluation = (np.mean([getattr(run, name) for run in runs]) for name in ("train_seconds", "eval_seconds"))
+        together, devices = (sorted({str(getattr(run, name)) for run in runs}) for name in ("together", "device"))
+        updates = max(run.updates for run in runs)
+        rows.append(
+            [f"`{task}`", method, f"{updates:,}", "/".join(together), f"{training:.0f}", f"{evaluation:.0f}", ", ".join(devices)]
+        )
+    head = ["task", "method", "updates", "seeds at once", "training, s", "evaluation, s", "device"]
+    return "## Time\n\nSeconds of a run, with all seeds that it trains at once.\n\n" + markdown(head, rows)
+
+
+# ---- pictures ----------------------------------------------------------------------------------------------------------
+
+
+def draw_curves(tasks: list[str], methods: list[str], cells: dict[tuple[str, str], list[Run]], file: Path) -> None:
+    """A panel per task, a line per method: mean over seeds, band from the lowest to the highest seed."""
+    columns = min(3, len(tasks))
+    rows = -(-len(tasks) // columns)
+    figure = Figure(figsize=(4.2 * columns, 3.2 * rows + 0.4), layout="constrained")
+    lines = {}
+    for axes, task in zip(figure.subplots(rows, columns, squeeze=False).ravel(), tasks):
+        for color, method in enumerate(methods):
+            runs = [run for run in cells.get((task, method), []) if run.scores]
+            if not runs:
+                continue
+            length = min(len(run.scores) for run in runs)
+            scores = np.array([run.scores[:length] for run in runs])
+            updates = np.array(runs[0].epochs[:length]) * runs[0].steps_per_epoch
+            (lines[method],) = axes.plot(updates, scores.mean(0), marker="o", markersize=3, color=f"C{color}")
+            axes.fill_between(updates, scores.min(0), scores.max(0), color=f"C{color}", alpha=0.2)
+        axes.set(title=task, xlabel="training updates", ylabel="score", xlim=(0, None))
+        axes.grid(alpha=0.3)
+    for axes in figure.axes[len(tasks) :]:
+        axes.set_axis_off()
+    figure.legend(lines.values(), lines.keys(), loc="outside upper center", ncols=4, fontsize=9)
+    figure.savefig(file, dpi=110)
+
+
+def draw_lines(curves: dict[str, tuple[np.ndarray, np.ndarray]], file: Path, **axes_settings: Any) -> None:
+    """One line (x, y) per method."""
+    figure = Figure(figsize=(5, 3.4), layout="constrained")
+    axes = figure.subplots()
+    for method, (x, y) in curves.items():
+        axes.plot(x, y, label=method)
+    axes.set(**axes_settings)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    figure.savefig(file, dpi=110)
+
+
+SCORE_FIELDS = ("task", "method", "seed", "updates", "last", "best", "episodes", "finished", "status", "train_seconds",
+                "eval_seconds", "device")  # fmt: skip
+
+
+def write_report(folder: Path, expected: Iterable[tuple[str, str]] = ()) -> Path:
+    """Write report.md, scores.csv and pictures of all runs below `folder`. Returns report.md.
+
+    `expected`: pairs (task, method) that are said to be missing where there is no run. Raises UserError if there are no runs or
+    one cannot be read.
+    """
+    runs, failures = read_runs(folder), read_failures(folder)
+    common.check(bool(runs or failures), f"{folder} holds no runs: give the folder of a benchmark, or one with runs in it")
+    cells = by_cell(runs)
+    pairs = list(dict.fromkeys([*expected, *cells, *failures]))
+    methods = sorted({method for _, method in pairs}, key=lambda method: [*PAPER_NAMES, method].index(method))
+    groups = groups_of(task for task, _ in pairs)
+    tasks = [task for group in groups.values() for task in group]
+
+    rows = []
+    for run in (run for group in cells.values() for run in group):
+        scores = {"last": run.scores[-1], "best": max(run.scores)} if run.scores else {"last": "", "best": ""}
+        rows.append({name: value for name, value in run._asdict().items() if name in SCORE_FIELDS} | scores)
+        rows[-1]["episodes"] = len(run.episodes)
+    common.write_atomically(folder / "scores.csv", common.to_csv(SCORE_FIELDS, rows))
+
+    text = (
+        "# Report\n\nMean ± standard error over all episodes of all runs' last evaluation; *best* is the highest evaluation of "
+        "each run, an oracle that grows with the number of evaluations. The paper's columns are copied from its tables, not run "
+        "here.\n\n"
+    )
+    for name, members in groups.items():
+        text += group_section(name, members, methods, cells, failures)
+        if any(run.scores for run in runs if run.task in members):
+            draw_curves(members, methods, cells, folder / f"curves_{name}.png")
+            text += f"![Learning curves](curves_{name}.png)\n\n"
+    if len(groups) > 1:
+        text += "## All tasks\n\n" + statistics_section(tasks, methods, cells)
+    levels = np.linspace(0, 1.2, 241)
+    matrices = {method: matrix for method in methods if (matrix := score_matrix(tasks, method, cells))}
+    if matrices:
+        profile = {x: (levels, (np.concatenate(matrix)[:, None] > levels).mean(0)) for x, matrix in matrices.items()}
+        draw_lines(profile, folder / "profile.png", xlabel="score / 100", ylabel="share of runs above it", ylim=(-0.02, 1.02))
+        text += "Share of the runs that score above each level:\n\n![Performance profile](profile.png)\n\n"
+        curves = {}
+        for method in matrices:
+            arms = [[run.episodes / 100 for run in cells[task, method] if len(run.episodes)] for task in tasks]
+            if all(arms):
+                curves[method] = np.arange(1, PULLS + 1), 100 * np.mean([evaluation_budget(policies) for policies in arms], 0)
+        if curves:
+            draw_lines(
+                curves, folder / "budget.png", xlabel="evaluation episodes spent", ylabel="score of the seed chosen", xscale="log"
+            )
+            text += (
+                "What is deployed if the seed that looks best is chosen after so many evaluation episodes (a UCB bandit over the "
+                "seeds, mean over the tasks):\n\n![Evaluation budget](budget.png)\n\n"
+            )
+    text += time_section(cells)
+    common.write_atomically(folder / "report.md", text.encode())
+    return folder / "report.md"

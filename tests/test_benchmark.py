@@ -1,0 +1,407 @@
+"""benchmark.py and report.py: what is computed, what is written, and runs whose workers, nodes or driver are killed."""
+
+import csv
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from helpers import FLAGS, ROOT, command, make_args, run_script
+
+import bc
+import benchmark
+import common
+import data
+import report
+
+# ---- statistics --------------------------------------------------------------------------------------------------------
+
+
+def test_iqm_and_optimality_gap():
+    scores = np.array([0.9, -5.0, 0.1, 0.5, 40.0, 0.3, 0.7, 1.1])  # sorted: -5 0.1 | 0.3 0.5 0.7 0.9 | 1.1 40
+    assert report.iqm(scores) == pytest.approx(0.6)
+    assert report.iqm(np.array([1.0, 2.0, 6.0])) == pytest.approx(3.0)  # a quarter of three is none
+    assert report.optimality_gap(np.array([0.5, 2.0])) == pytest.approx(0.25)
+    assert report.iqm(np.stack([scores, scores + 1])) == pytest.approx([0.6, 1.6])
+
+
+def test_bootstrap_is_stratified():
+    tasks = [np.array([0.0, 1.0]), np.array([10.0, 10.0])]
+    low, high = report.bootstrap(tasks, lambda scores: scores.mean(-1))
+    assert (low, high) == (5.0, 5.5)  # both draws equal: a quarter each; tasks are never drawn
+    assert report.bootstrap([np.array([0.7])], report.iqm) == pytest.approx((0.7, 0.7))
+
+
+def test_bootstrap_agrees_with_the_standard_error_of_a_mean():
+    runs = np.random.default_rng(1).standard_normal(400)
+    low, high = report.bootstrap([runs], lambda scores: scores.mean(-1))
+    assert (high - low) / 2 == pytest.approx(1.96 * runs.std() / 20, rel=0.05)
+
+
+def test_probability_of_improvement():
+    better, worse = [np.array([3.0, 4.0])], [np.array([1.0, 2.0])]
+    assert report.probability_of_improvement(better, worse) == (1.0, 1.0, 1.0)
+    assert report.probability_of_improvement(worse, better) == (0.0, 0.0, 0.0)
+    assert report.probability_of_improvement(better, better)[0] == 0.5
+    mean, low, high = report.probability_of_improvement([np.array([1.0, 3.0])], [np.array([2.0])])
+    assert (mean, low, high) == (0.5, 0.0, 1.0)
+    assert report.probability_of_improvement(better + worse, worse + better)[0] == 0.5  # the mean over tasks
+
+
+def test_evaluation_budget():
+    policies = [np.full(5, score) for score in (0.1, 0.4, 0.9)]
+    curve = report.evaluation_budget(policies)
+    assert curve[0] == pytest.approx(np.mean([0.1, 0.4, 0.9]), abs=0.03)  # a policy by chance, before anything is known
+    assert curve[1] == pytest.approx((0.4 + 0.9 + 0.9) / 3, abs=0.03)  # the better of two
+    assert np.all(curve[2:] == pytest.approx(0.9))
+    noisy = [np.random.default_rng(i).random(100) * 0.5 + 0.1 * i for i in range(5)]
+    curve = report.evaluation_budget(noisy)
+    assert curve[0] < curve[20] < curve[-1] <= noisy[-1].mean() + 1e-9
+
+
+# ---- report ------------------------------------------------------------------------------------------------------------
+
+
+def make_run(
+    out: Path, task="hopper-medium-v2", method="bc", seed=0, scores=(10.0, 30.0, 20.0), epochs=None, num_seeds=1, episodes=4
+):
+    """A run folder as the scripts leave it: evaluations every 10 epochs, score +- 1 in turn."""
+    run_dir = out / task.replace("/", "-") / method / str(seed) / "run"
+    run_dir.mkdir(parents=True)
+    args = dict(env_id=task, seed=seed, num_seeds=num_seeds, epochs=epochs or 10 * len(scores), steps_per_epoch=100)
+    (run_dir / "config.json").write_text(json.dumps(dict(exp_name=method, device="a computer", args=args)))
+    row = dict(return_mean=0, return_std=0, score_std=1, length_mean=5, train_seconds=60, eval_seconds=7, episodes=episodes)
+    seeds = range(seed, seed + num_seeds)
+    rows = [dict(row, epoch=10 * (i + 1), seed=one, score_mean=score + one) for i, score in enumerate(scores) for one in seeds]
+    (run_dir / "eval.csv").write_bytes(common.to_csv(common.EVAL_FIELDS, rows))
+    each = [
+        {
+            "epoch": row["epoch"],
+            "seed": row["seed"],
+            "episode": i,
+            "return": 0,
+            "score": row["score_mean"] + (-1) ** i,
+            "length": 5,
+        }
+        for row in rows
+        for i in range(episodes)
+    ]
+    (run_dir / "episodes.csv").write_bytes(common.to_csv(common.EPISODE_FIELDS, each))
+    return run_dir
+
+
+def table(text: str, heading: str) -> dict[str, dict[str, str]]:
+    """The first Markdown table below a heading: first cell of a row -> column -> cell."""
+    lines = text[text.index(heading) :].splitlines()
+    lines = [line for line in lines if line.startswith("|")]
+    head = [cell.strip() for cell in lines[0].strip("|").split("|")]
+    rows = {}
+    for line in lines[2:]:
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        if len(cells) != len(head):
+            break
+        rows.setdefault(cells[0].strip("`"), dict(zip(head, cells)))
+    return rows
+
+
+def test_report_of_made_up_runs(tmp_path):
+    make_run(tmp_path, seed=0, num_seeds=2)  # scores 20 and 21 at the end
+    make_run(tmp_path, method="dtql_continuous", scores=(50.0,), epochs=100)
+    make_run(tmp_path, "walker2d-medium-v2", scores=(1.0, 2.0))
+    failed = tmp_path / "walker2d-medium-v2" / "dtql_continuous" / "0"
+    failed.mkdir(parents=True)
+    status = dict(task="walker2d-medium-v2", method="dtql_continuous", seed=0, status="no data", seconds=1)
+    (failed / report.STATUS_FILE).write_text(json.dumps(status))
+    text = report.write_report(tmp_path, [("hopper-medium-v2", "iql")]).read_text()
+    rows = table(text, "## gym")
+    # Two runs of four episodes: 19 21 19 21, 20 22 20 22
+    assert rows["hopper-medium-v2"]["bc, last"] == f"20.5 ± {np.sqrt(1.25 / 8):.1f}"
+    assert rows["hopper-medium-v2"]["dtql_continuous, last"] == "50.0 ± 0.5 (unfinished)"
+    assert rows["hopper-medium-v2"]["iql, last"] == "missing"
+    assert rows["walker2d-medium-v2"]["dtql_continuous, last"] == "failed [1]" and "\n[1] no data\n" in text
+    assert rows["average"]["bc, last"] == "11.2" and rows["average"]["dtql_continuous, last"] == "missing"
+    assert rows["hopper-medium-v2"]["paper: DTQL"] == "99.6 ± 0.87"  # Table 1
+    assert rows["hopper-medium-v2"]["paper: BC"] == "52.9"
+    with open(tmp_path / "scores.csv", newline="") as file:
+        scores = {(row["task"], row["method"], row["seed"]): row for row in csv.DictReader(file)}
+    assert len(scores) == 4 and scores["hopper-medium-v2", "bc", "1"]["best"] == "31.0"
+    assert scores["hopper-medium-v2", "bc", "1"]["updates"] == "3000"
+    times = table(text, "## Time")["hopper-medium-v2"]
+    assert (times["seeds at once"], times["training, s"], times["evaluation, s"]) == ("2", "60", "21")
+    for picture in ("curves_gym.png", "profile.png", "budget.png"):
+        assert picture in text and (tmp_path / picture).stat().st_size > 5000
+
+
+def test_misprints_are_footnotes_of_whole_groups(tmp_path):
+    for task in report.GROUPS["gym"]:
+        make_run(tmp_path, task)
+    assert "the paper prints an average of 51.9" in report.write_report(tmp_path).read_text()
+    for name, members in report.GROUPS.items():
+        cells = report.paper_scores()
+        for method in {method for task, method in cells if task in members}:
+            scores = [cells[task, method][0] for task in members if (task, method) in cells]
+            if (name, method) in report.MISPRINTS:
+                assert f"{np.mean(scores):.1f}" == report.MISPRINTS[name, method].split()[-1]
+
+
+def test_report_of_runs_made_by_hand_and_without_evaluation(hopper, tmp_path):
+    run_dir = bc.main(make_args(tmp_path, bc))["run_dir"]
+    stopped = make_run(tmp_path / "runs", "walker2d-medium-v2")
+    for name in ("eval.csv", "episodes.csv"):
+        (stopped / name).unlink()
+    rows = table(report.write_report(tmp_path / "runs").read_text(), "## gym")
+    with open(Path(run_dir) / "eval.csv", newline="") as file:
+        last = float(list(csv.DictReader(file))[-1]["score_mean"])
+    assert rows["hopper-medium-v2"]["bc, last"].split()[0] == f"{last:.1f}"
+    assert rows["walker2d-medium-v2"]["bc, last"] == "missing"
+
+
+def test_a_large_report_is_quick(tmp_path):
+    """26 tasks, 5 seeds, 8 methods, the first of 10 evaluations 20 s; here a quarter of the seeds' evaluations."""
+    for task in report.GROUPS["paper"] + report.GROUPS["antmaze-v2"]:
+        for method in ("dtql_continuous", "kl_distill", "bc", "iql", "idql", "dql", "srpo", "fql"):
+            for seed in range(5):
+                make_run(tmp_path, task, method, seed, scores=(10.0 * seed, 50.0), episodes=100)
+    start = time.process_time()
+    report.write_report(tmp_path)
+    assert time.process_time() - start < 20
+
+
+# ---- runs --------------------------------------------------------------------------------------------------------------
+
+SMALL = (*FLAGS, "--batch-size=32", "--eval-every=20", "--epochs=40", "--steps-per-epoch=50", "--no-compile")
+
+
+def parameters(out: Path) -> dict[str, torch.Tensor]:
+    """Every parameter of all runs of a benchmark, by run and name."""
+    found = {}
+    for file in sorted(out.glob("*/*/*/*/checkpoint.pt")):
+        checkpoint = torch.load(file, weights_only=True)
+        where = file.relative_to(out).parts[:3]
+        assert checkpoint["step"] == 2000, file
+        for network, params in checkpoint["learner"]["params"].items():
+            found |= {f"{'/'.join(where)} {network}.{name}": param for name, param in params.items()}
+    return found
+
+
+def until(condition: Callable[[], Any], seconds: float) -> None:
+    """Wait for a condition; the test fails if it does not come true."""
+    deadline = time.time() + seconds
+    while not condition():
+        assert time.time() < deadline, "waited in vain"
+        time.sleep(0.05)
+
+
+def processes(mark: str) -> dict[int, str]:
+    """Processes whose environment holds `mark`: pid -> command line."""
+    found = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            if mark.encode() in (folder / "environ").read_bytes() and int(folder.name) != os.getpid():
+                found[int(folder.name)] = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode().strip()
+        except OSError:
+            pass
+    return found
+
+
+@pytest.fixture
+def mark(tmp_path, hopper, monkeypatch):
+    """A word in the environment of everything that a test starts; nothing with it may be left at the end."""
+    word = f"DTQL_TEST_MARK={tmp_path}"
+    monkeypatch.setenv("DTQL_TEST_MARK", str(tmp_path))
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    yield word
+    until(lambda: not processes(word), 30)
+
+
+def undisturbed(tmp_path: Path, seeds: range) -> dict[str, torch.Tensor]:
+    """The parameters that runs of bc.py with these seeds have when nothing happens to them."""
+    for seed in seeds:
+        folder = tmp_path / "alone" / "hopper-medium-v2" / "bc" / str(seed)
+        result = run_script("--env-id=hopper-medium-v2", f"--seed={seed}", f"--run-dir={folder}", *SMALL, script="bc.py")
+        assert result.returncode == 0, result.stderr
+    return parameters(tmp_path / "alone")
+
+
+def workers(mark: str) -> list[int]:
+    return [pid for pid, line in processes(mark).items() if line.startswith("ray::run_job")]
+
+
+def assert_equal(ours: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert ours.keys() == expected.keys() and expected
+    for name, value in expected.items():
+        assert torch.equal(ours[name], value), name
+
+
+def test_a_killed_worker_and_a_lost_node_change_nothing(tmp_path, mark):
+    from ray.cluster_utils import Cluster
+
+    out = tmp_path / "bench"
+    cluster = Cluster(
+        initialize_head=True, head_node_args=dict(num_cpus=2, object_store_memory=80 << 20, include_dashboard=False)
+    )
+    try:
+        node = cluster.add_node(num_cpus=2, object_store_memory=80 << 20)
+        arguments = ("--tasks", "hopper-medium-v2", "--methods", "bc", "--num-seeds", 4, "--one-run-per-seed", "--out-dir", out,
+                     "--address", cluster.address, "--", *SMALL)  # fmt: skip
+        with open(tmp_path / "log", "w") as log:
+            driver = subprocess.Popen(command(*arguments, script="benchmark.py"), stdout=log, stderr=subprocess.STDOUT)
+        until(lambda: len(list(out.glob("*/*/*/*/checkpoint.pt"))) == 4, 120)
+        os.kill(workers(mark)[0], signal.SIGKILL)
+        time.sleep(1)
+        cluster.remove_node(node)
+        assert driver.wait(240) == 0, (tmp_path / "log").read_text()
+    finally:
+        cluster.shutdown()
+    log = (tmp_path / "log").read_text()
+    assert log.count(": done") == 4 and "died" not in log and "Traceback" not in log, log
+    assert len(list(out.glob("*/*/*/*/config.json"))) == 4  # no run began anew
+    assert_equal(parameters(out), undisturbed(tmp_path, range(4)))
+
+
+def test_a_killed_driver_goes_on_with_the_same_command(tmp_path, mark):
+    out = tmp_path / "bench"
+    arguments = ("--tasks", "hopper-medium-v2", "--methods", "bc", "--num-seeds", 2, "--one-run-per-seed", "--out-dir", out,
+                 "--", *SMALL)  # fmt: skip
+    driver = subprocess.Popen(command(*arguments, script="benchmark.py"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    until(lambda: list(out.glob("*/*/*/*/checkpoint.pt")), 120)
+    driver.kill()
+    driver.wait()
+    again = run_script(*arguments, script="benchmark.py")
+    assert again.returncode == 0, again.stderr
+    assert_equal(parameters(out), undisturbed(tmp_path, range(2)))
+    # A third time there is nothing to do, and no Ray is started for it
+    start = time.perf_counter()
+    assert run_script(*arguments, script="benchmark.py").returncode == 0
+    assert time.perf_counter() - start < 20 and len(list(out.glob("*/*/*/*/checkpoint.pt"))) == 2
+
+
+def test_ctrl_c_leaves_checkpoints_and_what_cannot_work_is_a_row(tmp_path, mark):
+    out = tmp_path / "bench"
+    tasks = ("walker2d-medium-v2", "hopper-medium-v2")  # of the first there is no data
+    arguments = ("--tasks", *tasks, "--methods", "bc", "--num-seeds", 2, "--out-dir", out, "--")
+    long = [flag for flag in SMALL if "epochs" not in flag]
+    driver = subprocess.Popen(
+        command(*arguments, *long, "--epochs=100000", script="benchmark.py"), stderr=subprocess.PIPE, text=True
+    )
+    until(lambda: list(out.glob("hopper*/*/*/*/checkpoint.pt")) and list(out.glob("walker*/*/*/status.json")), 120)
+    driver.send_signal(signal.SIGINT)
+    errors = driver.communicate(timeout=60)[1]
+    assert driver.returncode == 130 and "interrupted" in errors and "Traceback" not in errors, errors
+    assert "walker2d-medium-v2 bc 0: cannot download" in errors
+    (log,) = out.glob("hopper*/bc/0/log.txt")
+    assert "stopped at update" in log.read_text(errors="replace")
+    result = run_script("--report-only", "--out-dir", out, script="benchmark.py")
+    rows = table((out / "report.md").read_text(), "## gym")
+    assert result.returncode == 0 and rows["walker2d-medium-v2"]["bc, last"].startswith("failed")
+
+
+def test_a_diverged_run_is_a_row_with_its_last_score(hopper, tmp_path):
+    out = tmp_path / "bench"
+    args = benchmark.Args(("hopper-medium-v2",), ("dtql_continuous",), num_seeds=1, out_dir=str(out), gpus_per_run=0)
+    flags = [*FLAGS, "--batch-size=32", "--num-candidates=4", "--pretrain-epochs=0", "--epochs=2", "--eval-every=1",
+             "--steps-per-epoch=200", "--no-compile"]  # fmt: skip
+    (job,) = benchmark.make_jobs(args, [*flags, "--learning-rate=1e18"])
+    result = benchmark.run_job(job, 1)
+    assert result["status"] == "diverged" and job.ended()
+    assert "no longer finite" in (Path(job.folder) / "log.txt").read_text()
+    text = report.write_report(out).read_text()
+    assert table(text, "## gym")["hopper-medium-v2"]["dtql_continuous, last"] == "failed [1]" and "[1] diverged" in text
+    make_run(tmp_path / "other", method="dtql_continuous", scores=(5.0,), epochs=20)
+    status = tmp_path / "other" / "hopper-medium-v2" / "dtql_continuous" / "0" / report.STATUS_FILE
+    status.write_text(json.dumps(result))
+    cell = table(report.write_report(tmp_path / "other").read_text(), "## gym")["hopper-medium-v2"]["dtql_continuous, last"]
+    assert cell == "5.0 ± 0.5 (unfinished) [1]"
+
+
+def test_bad_input_is_not_tried_again_until_the_command_is(hopper, tmp_path):
+    args = benchmark.Args(("hopper-medium-v2",), ("bc",), num_seeds=1, out_dir=str(tmp_path / "bench"), gpus_per_run=0)
+    (job,) = benchmark.make_jobs(args, ["--batch-size=-1"])
+    assert "--batch-size must lie in" in benchmark.run_job(job, 1)["status"] and not job.ended()
+    (job,) = benchmark.make_jobs(args, ["--no-such-flag"])
+    assert benchmark.run_job(job, 1)["status"] == "its flags are wrong: see log.txt"
+    assert "no-such-flag" in (Path(job.folder) / "log.txt").read_text()
+    assert sys.stdout is not None and not sys.stdout.closed
+
+
+def test_commands_for_other_schedulers(tmp_path):
+    out = tmp_path / "bench"
+    arguments = ("--print-commands", "--methods", "bc", "iql", "--out-dir", out, "--gpus-per-run", 0, "--one-run-per-seed")
+    result = run_script(*arguments, "--tasks", "pointmaze", "pen-human-v1", "--", "--epochs", 5, script="benchmark.py")
+    lines = result.stdout.splitlines()
+    assert len(lines) == len(set(lines)) == 4 * 2 * 3 and not out.exists()
+    settings = f"--env-id pen-human-v1 --seed 2 --num-seeds 1 --run-dir {out}/pen-human-v1/iql/2"
+    assert f"python iql.py {settings} --no-cuda --no-cudagraphs --epochs 5" in lines
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--tasks", "no-such-task"), "groups are pointmaze, gym"),
+        (("--methods", "sac"), "unknown method sac"),
+        (("--tasks", "pointmazes"), "groups are"),
+        (("--gpus-per-run", "2"), "no machine here has more than 0 GPUs"),
+        (("--cpus-per-run", "1000"), "--cpus-per-run 1000: no machine here has more than"),
+        (("--num-seeds", "0"), "--num-seeds must lie in"),
+        (("--gpus-per-run", "-1"), "--gpus-per-run must lie in"),
+        (("--out-dir", "/proc/nowhere"), "--out-dir"),
+        (("--report-only", "--out-dir", "/nonexistent"), "there is no such folder"),
+        (("--", "--seed", "3"), "--seed cannot be passed on"),
+        (("--no-such-flag",), "no-such-flag"),
+    ],
+)
+def test_bad_input(arguments, message, tmp_path, mark):
+    if "--out-dir" not in arguments:
+        arguments = ("--out-dir", str(tmp_path / "bench"), *arguments)
+    if "--tasks" not in arguments and "--" not in arguments:
+        arguments += ("--tasks", "hopper-medium-v2")
+    result = run_script(*arguments, script="benchmark.py")
+    assert result.returncode == 2 and "Traceback" not in result.stderr, result.stderr
+    (line,) = [line for line in result.stderr.splitlines() if line.strip()]
+    assert line.startswith("error:") and message in line
+
+
+def test_an_address_that_nobody_answers(tmp_path, mark):
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{unused.getsockname()[1]}"
+    result = run_script(
+        "--tasks", "hopper-medium-v2", "--address", address, "--out-dir", tmp_path / "bench", script="benchmark.py"
+    )
+    assert result.returncode == 2 and "Traceback" not in result.stderr, result.stderr
+    assert result.stderr.strip().splitlines()[-1].startswith(f"error: --address {address}: no Ray cluster answers there")
+
+
+def test_a_folder_of_another_benchmark(hopper, tmp_path):
+    args = benchmark.Args(("hopper-medium-v2",), ("bc",), out_dir=str(tmp_path / "bench"))
+    benchmark.open_suite(args, ["--epochs", "2"])
+    with pytest.raises(common.UserError, match="holds a benchmark with other settings"):
+        benchmark.open_suite(args, ["--epochs", "3"])
+    benchmark.open_suite(args, ["--epochs", "2"])
+
+
+def test_scripts_run_without_ray(hopper, tmp_path):
+    """A module that cannot be imported stands in for one that is not installed."""
+    (tmp_path / "ray.py").write_text("raise ImportError('no ray')")
+    flags = ("--env-id=hopper-medium-v2", *FLAGS, "--epochs=1", "--steps-per-epoch=10", "--run-dir", tmp_path / "runs")
+    environment = dict(PYTHONPATH=str(tmp_path))
+    assert run_script(*flags, script="bc.py", **environment).returncode == 0
+    result = run_script("--tasks", "hopper-medium-v2", "--out-dir", tmp_path / "b", script="benchmark.py", **environment)
+    assert result.returncode == 2 and "needs ray" in result.stderr
+
+
+def test_the_default_suite_is_the_three_mazes():
+    jobs = benchmark.make_jobs(benchmark.Args(gpus_per_run=0), [])
+    assert {job.task for job in jobs} == set(data.POINTMAZES) and len(jobs) == 3 * len(benchmark.METHODS)
+    assert all(job.num_seeds == 3 and Path(job.folder).is_absolute() for job in jobs)
+    assert len(benchmark.expand_tasks(["paper", "gym", "hopper-medium-v2"])) == 20
+    assert (ROOT / "results" / "paper_scores.csv").exists()
