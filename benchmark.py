@@ -194,6 +194,13 @@ def run_job(job: Job, cpus: int) -> dict[str, Any]:
 # ---- all of them -------------------------------------------------------------------------------------------------------
 
 
+def check_room(args: Args, nodes: Sequence[dict[str, float]]) -> None:
+    """Raise UserError if none of the machines with these resources has room for a run, which would wait for ever."""
+    for flag, name, wanted in (("--cpus-per-run", "CPU", args.cpus_per_run), ("--gpus-per-run", "GPU", args.gpus_per_run)):
+        most = max((node.get(name, 0) for node in nodes), default=0)
+        check(wanted <= most, f"{flag} {wanted:g}: no machine here has more than {most:g} {name}s")
+
+
 def start_ray(args: Args) -> Any:
     """Connect to the cluster, or start a local one. Raises UserError if nobody answers or a run can never be placed."""
     os.environ.update(
@@ -215,7 +222,9 @@ def start_ray(args: Args) -> Any:
     # Nodes find the scripts and the data where this machine has them
     seen = {name: os.environ[name] for name in SHARED_VARIABLES if name in os.environ}
     settings: dict[str, Any] = {"runtime_env": {"env_vars": {**seen, "PYTHONPATH": str(Path(__file__).parent.absolute())}}}
-    if args.address is None:  # 80 MiB suit small /dev/shm; results are dictionaries of a few words
+    if args.address is None:
+        check_room(args, [{"CPU": os.cpu_count(), "GPU": torch.cuda.device_count()}])
+        # 80 MiB suit small /dev/shm; results are dictionaries of a few words
         settings |= dict(num_cpus=os.cpu_count(), object_store_memory=80 << 20, include_dashboard=False)
     try:
         with contextlib.redirect_stdout(sys.stderr):
@@ -223,12 +232,11 @@ def start_ray(args: Args) -> Any:
     except (Exception, SystemExit) as error:
         where = f"--address {args.address}: no Ray cluster answers there" if args.address else "Ray does not start"
         raise UserError(f"{where} ({common.line(error)[:200]})") from None
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    for flag, name, wanted in (("--cpus-per-run", "CPU", args.cpus_per_run), ("--gpus-per-run", "GPU", args.gpus_per_run)):
-        most = max((node.get(name, 0) for node in nodes), default=0)
-        if wanted > most:
-            ray.shutdown()
-            raise UserError(f"{flag} {wanted:g}: no machine here has more than {most:g} {name}s")
+    try:
+        check_room(args, [node["Resources"] for node in ray.nodes() if node["Alive"]])
+    except UserError:
+        ray.shutdown()
+        raise
     return ray
 
 
