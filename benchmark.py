@@ -124,7 +124,8 @@ def make_jobs(args: Args, flags: Sequence[str]) -> list[Job]:
         own = flag.split("=")[0] in ("--env-id", "--seed", "--num-seeds", "--run-dir", "--resume")
         check(not own, f"{flag} cannot be passed on: benchmark.py sets it for each run")
     seeds = range(args.num_seeds) if args.one_run_per_seed else [0]
-    hardware = () if args.gpus_per_run else ("--no-cuda", "--no-cudagraphs")
+    # Runs of the same shapes share the compiler's cache, so that it pays even for short ones
+    hardware = ("--compile",) if args.gpus_per_run else ("--compile", "--no-cuda", "--no-cudagraphs")
     out = Path(args.out_dir).absolute()
     num_seeds = 1 if args.one_run_per_seed else args.num_seeds
     jobs = itertools.product(expand_tasks(args.tasks), dict.fromkeys(args.methods), seeds)

@@ -67,7 +67,8 @@ SETTINGS = {
 def task_defaults(env_id: str) -> dict[str, Any]:
     """The arguments in which a task's defaults differ from those of `Args`, which are the demo's."""
     if env_id in data.POINTMAZES:
-        return {} if env_id == data.DEMO_ID else dict(epochs=10, eval_every=2, batch_size=128)
+        epochs = {"dtql/pointmaze-medium-v0": 8, "dtql/pointmaze-large-v0": 14}.get(env_id)  # as many updates as DTQL's
+        return {} if epochs is None else dict(epochs=epochs, eval_every=epochs // 4, batch_size=64)
     domain = data.domain(env_id)
     expectile, beta, dropout = SETTINGS.get(data.d4rl_id(env_id), SETTINGS.get(domain, SETTINGS["locomotion"]))
     return dict(

@@ -340,7 +340,7 @@ def test_commands_for_other_schedulers(tmp_path):
     lines = result.stdout.splitlines()
     assert len(lines) == len(set(lines)) == 4 * 2 * 3 and not out.exists()
     settings = f"--env-id pen-human-v1 --seed 2 --num-seeds 1 --run-dir {out}/pen-human-v1/iql/2"
-    assert f"python iql.py {settings} --no-cuda --no-cudagraphs --epochs 5" in lines
+    assert f"python iql.py {settings} --compile --no-cuda --no-cudagraphs --epochs 5" in lines
 
 
 @pytest.mark.parametrize(
