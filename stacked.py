@@ -118,7 +118,7 @@ class Transitions:
 class _Objective(NamedTuple):
     networks: tuple[str, ...]  # that the loss trains
     learning_rate: float
-    adam: torch.optim.Adam
+    adam: torch.optim.AdamW
     eager: Callable[..., tuple[list[Tensor], Params]]
     fast: Callable[..., tuple[list[Tensor], Params]]  # compiled, where that is asked for
 
@@ -166,20 +166,28 @@ class Learner:
     @torch.no_grad()
     def average(self, target: str, source: str, rate: float | Tensor) -> None:
         """Move `target` the share `rate` of the way to `source`."""
-        torch._foreach_lerp_(list(self.params[target].values()), list(self.params[source].values()), rate)
+        ours, theirs = list(self.params[target].values()), list(self.params[source].values())
+        # As many weights as tensors, or the host would read the one
+        torch._foreach_lerp_(ours, theirs, [rate] * len(ours) if isinstance(rate, Tensor) else rate)
 
     # Losses
 
     def optimize(
-        self, loss: Callable[..., tuple[Tensor, Params]], *networks: str, lr: float, max_norm: float | None = None
+        self,
+        loss: Callable[..., tuple[Tensor, Params]],
+        *networks: str,
+        lr: float,
+        max_norm: float | None = None,
+        weight_decay: float = 0.0,
     ) -> None:
         """Let `step(loss, ...)` train `networks` and nothing else, with Adam at the rate `lr`.
 
-        `max_norm`: clip each model's gradient to this norm, over all of `networks`.
+        `max_norm`: clip each model's gradient to this norm, over all of `networks`. `weight_decay`: AdamW's, of all parameters.
         """
         params = [param for network in networks for param in self.params[network].values()]
         # The learning rate is a tensor, and the state exists from the start, because a CUDA graph keeps addresses
-        adam = torch.optim.Adam(params, torch.tensor(lr, device=self.device), fused=True, capturable=self.device.type == "cuda")
+        rate, capturable = torch.tensor(lr, device=self.device), self.device.type == "cuda"
+        adam = torch.optim.AdamW(params, rate, weight_decay=weight_decay, fused=True, capturable=capturable)
         for param in params:
             adam.state[param] = {
                 "step": torch.zeros((), device=self.device),
@@ -399,13 +407,18 @@ class BestOf:
         action_high: np.ndarray,
         device: torch.device,
         compile: bool = False,
+        draws: int = 1,
+        greedy: bool = False,
     ):
         """Both functions are of one model, with the parameters of `networks`.
 
-        sample: (p, obs (n, 1, S), z (n, N, A) Gaussian) -> candidates (n, N, A), which are then clamped to [-1, 1].
+        sample: (p, obs (n, 1, S), z (n, N, draws A) Gaussian) -> candidates (n, N, A), which are then clamped to [-1, 1].
         q: (p, obs (n, m, S), actions (n, m, A), copy) -> (n, m), the Q of that number; None takes the first candidate.
         action_low, action_high: (A,) bounds of the environment.
+        draws: Gaussian vectors that a candidate is made of.
+        greedy: take the candidate of the largest min(Q1, Q2), not a draw from the softmax.
         """
+        self.draws, self.greedy = draws, greedy
         self.sample, self.q, self.networks, self.num_candidates = sample, q, networks, num_candidates
         self.low, self.high = (torch.as_tensor(bound, dtype=torch.float32, device=device) for bound in (action_low, action_high))
         wrap = compiled if compile else lambda function: function
@@ -451,12 +464,13 @@ class BestOf:
         chosen = []
         for part in padded.split(size, 1):
             shape = (*part.shape[:2], self.num_candidates)
-            z = torch.randn(*shape, len(self.low), device=device, generator=generator)
+            z = torch.randn(*shape, self.draws * len(self.low), device=device, generator=generator)
             part = part.clone(memory_format=torch.contiguous_format)  # n must not show in its strides either
             if self.q is None:
                 chosen.append(self._sample_all(p, part, z))
             else:
                 gumbel = -torch.log(torch.empty(shape, device=device).exponential_(generator=generator))
+                gumbel = torch.zeros_like(gumbel) if self.greedy else gumbel
                 chosen.append(self.choose(p, part, z, gumbel))
         return (self.low + (torch.cat(chosen, 1)[:, :n] + 1) / 2 * (self.high - self.low)).cpu().numpy()
 

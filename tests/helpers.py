@@ -20,14 +20,22 @@ from torch import Tensor
 import bc
 import common
 import data
+import dql
 import dtql_continuous as dtql
+import fql
+import idql
 import iql
 import kl_distill
 
 ROOT = Path(__file__).parent.parent
 TINY = dict(epochs=2, steps_per_epoch=20, eval_episodes=2, batch_size=32, cuda=False, compile=False, cudagraphs=False)
-AGENT = {dtql: dtql.DTQL, kl_distill: kl_distill.KLDistill, bc: bc.BC, iql: iql.IQL}
-OWN = {dtql: dict(pretrain_epochs=1, num_candidates=8), kl_distill: dict(pretrain_epochs=1, num_candidates=8), bc: {}, iql: {}}
+AGENT = {dtql: dtql.DTQL, kl_distill: kl_distill.KLDistill, bc: bc.BC, iql: iql.IQL, idql: idql.IDQL, dql: dql.DQL, fql: fql.FQL}
+OWN = {module: {} for module in AGENT} | {
+    dtql: dict(pretrain_epochs=1, num_candidates=8),
+    kl_distill: dict(pretrain_epochs=1, num_candidates=8),
+    idql: dict(num_candidates=8),
+    dql: dict(num_candidates=8),
+}
 
 
 def write_d4rl(file: Path, rows: int = 600, obs_dim: int = 11, action_dim: int = 3, **changes) -> Path:

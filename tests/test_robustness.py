@@ -26,7 +26,10 @@ import bc
 import common
 import d4rl_tasks
 import data
+import dql
 import dtql_continuous as dtql
+import fql
+import idql
 import iql
 import kl_distill
 from common import UserError
@@ -183,7 +186,7 @@ def test_a_checkpoint_that_disagrees(run_dir, change, message):
         resume(run_dir)
 
 
-@pytest.mark.parametrize("module", [kl_distill, bc, iql])
+@pytest.mark.parametrize("module", [kl_distill, bc, iql, idql, dql, fql])
 def test_the_runs_of_other_scripts_are_refused(run_dir, module, capsys):
     with pytest.raises(UserError, match="dtql_continuous"):
         module.load_policy(str(run_dir / "checkpoint.pt"))

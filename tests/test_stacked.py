@@ -12,7 +12,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import bc
+import dql
 import dtql_continuous as dtql
+import fql
+import idql
 import iql
 import kl_distill
 import stacked
@@ -29,6 +32,10 @@ AGENTS = [
     (bc, dict(policy="diffusion")),
     (iql, {}),
     (iql, dict(dropout=0.1)),
+    (idql, {}),
+    (dql, {}),
+    (dql, dict(max_q_backup=True)),
+    (fql, {}),
 ]
 
 # What a CUDA graph cannot hold: the host reading a tensor or making one from its own numbers, shapes that depend on values

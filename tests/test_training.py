@@ -31,6 +31,8 @@ import common
 import d4rl_tasks
 import data
 import dtql_continuous as dtql
+import fql
+import idql
 import iql
 import kl_distill
 from common import UserError
@@ -46,6 +48,8 @@ from common import UserError
         (bc, dict(policy="gaussian"), ["actor"]),
         (bc, dict(policy="diffusion"), ["actor"]),
         (iql, {}, ["actor"]),
+        (idql, {}, ["denoiser"]),
+        (fql, {}, ["flow", "critic"]),
     ],
 )
 def test_training_changes_every_network_and_losses_fall(hopper, tmp_path, module, changes, lower):
@@ -157,6 +161,9 @@ SCRIPTS = {
     "kl_distill.py": ("--num-candidates=8", "--pretrain-epochs=1"),
     "bc.py": ("--policy=diffusion", "--sampling-steps=3"),
     "iql.py": ("--dropout=0.1",),
+    "idql.py": ("--num-candidates=4",),
+    "dql.py": ("--num-candidates=4",),
+    "fql.py": (),
 }
 
 
