@@ -33,7 +33,7 @@ import data
 import report
 from common import UserError, check
 
-METHODS = ("dtql_continuous", "kl_distill", "bc", "iql")
+METHODS = ("dtql_continuous", "kl_distill", "bc", "iql", "idql", "dql", "srpo", "fql")
 SUITE_FILE = "suite.json"
 SHARED_VARIABLES = ("D4RL_DATASET_DIR", "D4RL_BASE_URL", "MINARI_DATASETS_PATH")
 

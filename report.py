@@ -21,7 +21,17 @@ import data
 
 DRAWS = 2000  # of the bootstrap
 PULLS, REPEATS, POLICIES = 200, 1000, 8  # of the evaluation budget: episodes, repetitions, policies to choose among
-PAPER_NAMES = {"dtql_continuous": "DTQL", "kl_distill": "DTQL with KL loss", "bc": "BC", "iql": "IQL"}
+PAPER_NAMES = {
+    "dtql_continuous": "DTQL",
+    "kl_distill": "DTQL with KL loss",
+    "bc": "BC",
+    "iql": "IQL",
+    "idql": "IDQL",
+    "dql": "DQL",
+    "srpo": "SRPO",
+    "fql": "FQL",
+}
+PRETRAINING = ("pretrain_epochs", "diffusion_epochs", "critic_epochs")  # of the scripts that have it
 STATUS_FILE = "status.json"  # beside the folder of a run of benchmark.py: how it ended
 
 _d4rl = list(d4rl_tasks.TASKS)
@@ -162,7 +172,7 @@ def read_runs(folder: Path) -> list[Run]:
                     float(own[-1]["train_seconds"]) if own else 0.0,
                     sum(float(row["eval_seconds"]) for row in own),
                     np.array([float(row["score"]) for row in episodes if row["epoch"] == last and int(row["seed"]) == seed]),
-                    (int(last or 0) + args.get("pretrain_epochs", 0)) * args["steps_per_epoch"],
+                    (int(last or 0) + sum(args.get(name, 0) for name in PRETRAINING)) * args["steps_per_epoch"],
                     config["device"],
                     bool(own) and int(own[-1]["epoch"]) == args["epochs"],
                     status,

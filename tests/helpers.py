@@ -26,15 +26,26 @@ import fql
 import idql
 import iql
 import kl_distill
+import srpo
 
 ROOT = Path(__file__).parent.parent
 TINY = dict(epochs=2, steps_per_epoch=20, eval_episodes=2, batch_size=32, cuda=False, compile=False, cudagraphs=False)
-AGENT = {dtql: dtql.DTQL, kl_distill: kl_distill.KLDistill, bc: bc.BC, iql: iql.IQL, idql: idql.IDQL, dql: dql.DQL, fql: fql.FQL}
+AGENT = {
+    dtql: dtql.DTQL,
+    kl_distill: kl_distill.KLDistill,
+    bc: bc.BC,
+    iql: iql.IQL,
+    idql: idql.IDQL,
+    dql: dql.DQL,
+    fql: fql.FQL,
+    srpo: srpo.SRPO,
+}
 OWN = {module: {} for module in AGENT} | {
     dtql: dict(pretrain_epochs=1, num_candidates=8),
     kl_distill: dict(pretrain_epochs=1, num_candidates=8),
     idql: dict(num_candidates=8),
     dql: dict(num_candidates=8),
+    srpo: dict(diffusion_epochs=1, critic_epochs=1, diffusion_batch_size=32),
 }
 
 
@@ -104,6 +115,8 @@ def make_agent(num_seeds: int = 1, obs_dim: int = 3, action_dim: int = 2, rows: 
 
 def updates(agent) -> list:
     """The agent's update in each of its phases, in their order."""
+    if hasattr(agent, "phases"):
+        return [update for update, _ in agent.phases]
     if hasattr(agent, "start_training"):
         return [functools.partial(agent.update, training) for training in (False, True)]
     return [agent.update]

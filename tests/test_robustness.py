@@ -32,6 +32,7 @@ import fql
 import idql
 import iql
 import kl_distill
+import srpo
 from common import UserError
 
 SMALL = ("--env-id=hopper-medium-v2", *FLAGS, "--num-candidates=8", "--pretrain-epochs=1")
@@ -186,7 +187,7 @@ def test_a_checkpoint_that_disagrees(run_dir, change, message):
         resume(run_dir)
 
 
-@pytest.mark.parametrize("module", [kl_distill, bc, iql, idql, dql, fql])
+@pytest.mark.parametrize("module", [kl_distill, bc, iql, idql, dql, fql, srpo])
 def test_the_runs_of_other_scripts_are_refused(run_dir, module, capsys):
     with pytest.raises(UserError, match="dtql_continuous"):
         module.load_policy(str(run_dir / "checkpoint.pt"))

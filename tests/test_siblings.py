@@ -11,6 +11,7 @@ from helpers import ROOT, first, make_agent, make_task, run_script
 import dql
 import fql
 import idql
+import srpo
 from stacked import detach
 
 
@@ -398,6 +399,110 @@ def test_fqls_target_and_normalisation():
             torch.testing.assert_close(difference, q.mean() - q.mean() / q.abs().mean(), rtol=1e-3, atol=1e-4)
 
 
+# ---- SRPO --------------------------------------------------------------------------------------------------------------
+
+
+def test_srpos_schedule():
+    time = torch.tensor([0.02, 0.5, 0.98], dtype=torch.float64)
+    np.testing.assert_allclose(srpo.alpha(time), [0.99701, 0.28118, 0.00801], atol=5e-6)
+    np.testing.assert_allclose(srpo.sigma(time), [0.07721, 0.95965, 0.99997], atol=5e-6)
+
+
+@pytest.mark.parametrize("baseline", [False, True])
+@pytest.mark.parametrize("normalize", [False, True])
+def test_srpos_gradient_is_the_weighted_score_minus_that_of_q(baseline, normalize):
+    agent = make_agent(module=srpo, beta=0.7, baseline=baseline, normalize_gradient=normalize)
+    batch, (time, noise) = agent.data.batch(torch.arange(64)), (x[0] for x in agent.noise(64, 0.02, 0.98))
+    params, given = losses_of(agent, "actor")
+    loss, _ = agent.actor_loss(given, batch, time, noise)
+    names = list(params["actor"])
+    ours = torch.autograd.grad(loss, [params["actor"][name] for name in names])
+    actions = agent.actor(params["actor"], batch.obs)
+    leaf = actions.detach().requires_grad_()
+    q = agent.critic(detach(params["target_critic"]), batch.obs, leaf)
+    (gradient,) = torch.autograd.grad((0.5 * (q[0] + q[1])).sum(), leaf)
+    if normalize:
+        gradient = gradient / gradient.square().mean(1, keepdim=True).sqrt()
+    with torch.no_grad():
+        noisy = srpo.alpha(time) * leaf + srpo.sigma(time) * noise
+        score = agent.denoiser(detach(params["denoiser"]), noisy, time, batch.obs) - baseline * noise
+    direction = (srpo.sigma(time) ** 2 * score - 0.7 * gradient) / 64
+    for one, two in zip(ours, torch.autograd.grad(actions, [params["actor"][name] for name in names], direction)):
+        torch.testing.assert_close(one, two, rtol=1e-3, atol=1e-6)
+
+
+def test_srpo_without_q_climbs_a_known_density():
+    """With beta = 0 and the exact noise of a ~ N(0.3, 0.2^2), an action comes to rest at the mode."""
+    torch.manual_seed(0)
+    action = torch.tensor([[-0.8]], requires_grad=True)
+    optimizer = torch.optim.Adam([action], 0.02)
+    for step in range(400):
+        time, noise = 0.02 + 0.96 * torch.rand(256, 1), torch.randn(256, 1)
+        a, s = srpo.alpha(time), srpo.sigma(time)
+        predicted = s * (a * action.detach() + s * noise - a * 0.3) / (a**2 * 0.2**2 + s**2)
+        loss = srpo.surrogate(action.expand(256, 1), predicted, torch.zeros(256, 1), time, 0.0)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.param_groups[0]["lr"] = 0.02 * (1 - step / 400)
+        optimizer.step()
+    assert action.item() == pytest.approx(0.3, abs=0.05)
+
+
+def test_srpos_q_is_iqls_with_v_from_before_the_step():
+    agent = make_agent(module=srpo, batch_size=16, tau=0.1, expectile=0.8)
+    params = agent.models.params
+    qs, targets = ([srpo.Critic(3, 2) for _ in range(2)] for _ in range(2))
+    for i in range(2):
+        qs[i].load_state_dict(first(first(params["critic"]), i))
+        targets[i].load_state_dict(first(first(params["target_critic"]), i))
+    v = srpo.Value(3)
+    v.load_state_dict(first(params["value"]))
+    optimizers = torch.optim.Adam(v.parameters(), 3e-4), torch.optim.Adam([x for q in qs for x in q.parameters()], 3e-4)
+    for update in range(3):
+        torch.manual_seed(update)
+        batch = agent.data.batch(torch.randint(512, (1, 16))[0])
+        torch.manual_seed(update)
+        agent.update_critic()
+        with torch.no_grad():
+            next_v = v(batch.next_obs)
+            q = torch.minimum(*(target(batch.obs, batch.actions) for target in targets))
+        target = batch.rewards + 0.99 * (1 - batch.terminals) * next_v
+        errors = [((target - net(batch.obs, batch.actions)) ** 2).mean() for net in qs]
+        losses = srpo.expectile_loss(q - v(batch.obs), 0.8), sum(errors) / 2
+        for optimizer, loss in zip(optimizers, losses):
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        with torch.no_grad():
+            for net, target in zip(qs, targets):
+                for own, moving in zip(net.parameters(), target.parameters()):
+                    moving.lerp_(own, 0.1)
+    for name, param in v.named_parameters():
+        torch.testing.assert_close(params["value"][name][0], param, rtol=1e-3, atol=3e-5)
+    for i in range(2):
+        for name, param in targets[i].named_parameters():
+            torch.testing.assert_close(params["target_critic"][name][0, i], param, rtol=1e-3, atol=3e-5, check_layout=False)
+
+
+def test_srpos_phases_train_their_own_networks():
+    agent = make_agent(module=srpo, diffusion_epochs=2, critic_epochs=3, epochs=4)
+    assert [agent.phase(epoch) for epoch in range(9)] == [0, 0, 1, 1, 1, 2, 2, 2, 2]
+    assert (
+        agent.args.pretrain_steps == 5 * agent.args.steps_per_epoch and agent.args.total_steps == 9 * agent.args.steps_per_epoch
+    )
+    for (update, _), trained in zip(agent.phases, ({"denoiser"}, {"critic", "value", "target_critic"}, {"actor"})):
+        before = {
+            net: {name: param.detach().clone() for name, param in values.items()} for net, values in agent.models.params.items()
+        }
+        update()
+        changed = {
+            net
+            for net, values in agent.models.params.items()
+            if any((values[name] != before[net][name]).any() for name in values)
+        }
+        assert changed == trained
+
+
 # ---- all of them -------------------------------------------------------------------------------------------------------
 
 
@@ -409,6 +514,12 @@ def test_settings_are_the_official_ones():
     assert idql.task_defaults("antmaze-umaze-v0")["expectile"] == 0.9 and idql.task_defaults("pen-human-v1")["expectile"] == 0.7
     assert idql.task_defaults("hopper-medium-v2")["batch_size"] == 512
     assert fql.task_defaults("antmaze-large-play-v2")["alpha"] == 3 and fql.task_defaults("antmaze-medium-play-v0")["alpha"] == 10
+    assert (
+        srpo.task_defaults("antmaze-medium-play-v0")["beta"] == 0.08 and srpo.task_defaults("walker2d-medium-v2")["beta"] == 0.05
+    )
+    assert (
+        srpo.task_defaults("antmaze-umaze-v2")["policy_layers"] == 4 and srpo.task_defaults("pen-human-v1")["policy_layers"] == 2
+    )
     assert fql.task_defaults("pen-human-v1")["alpha"] == 10_000 and fql.task_defaults("pen-human-v1")["q_target"] == "min"
 
 
@@ -424,6 +535,8 @@ def test_neighbours_differ_in_what_their_heads_say():
         ("idql.py", ["--dropout", "1"], "--dropout"),
         ("dql.py", ["--eta", "-1"], "--eta"),
         ("dql.py", ["--max-norm", "0"], "--max-norm"),
+        ("srpo.py", ["--beta", "-1"], "--beta"),
+        ("srpo.py", ["--critic-epochs", "-1"], "--critic-epochs"),
         ("fql.py", ["--alpha", "nan"], "--alpha"),
         ("fql.py", ["--flow-steps", "0"], "--flow-steps"),
     ],

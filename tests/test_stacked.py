@@ -18,6 +18,7 @@ import fql
 import idql
 import iql
 import kl_distill
+import srpo
 import stacked
 from common import UserError
 from stacked import detach
@@ -36,6 +37,7 @@ AGENTS = [
     (dql, {}),
     (dql, dict(max_q_backup=True)),
     (fql, {}),
+    (srpo, {}),
 ]
 
 # What a CUDA graph cannot hold: the host reading a tensor or making one from its own numbers, shapes that depend on values
