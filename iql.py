@@ -50,6 +50,8 @@ class Args(common.Args):
     """discount factor"""
     tau: float = 0.005
     """step of the target Qs towards the online Qs"""
+    batch_size: int = 64
+    """transitions per update and model"""
     epochs: int = 12
     """training epochs"""
 
@@ -68,13 +70,14 @@ def task_defaults(env_id: str) -> dict[str, Any]:
     """The arguments in which a task's defaults differ from those of `Args`, which are the demo's."""
     if env_id in data.POINTMAZES:
         epochs = {"dtql/pointmaze-medium-v0": 8, "dtql/pointmaze-large-v0": 14}.get(env_id)  # as many updates as DTQL's
-        return {} if epochs is None else dict(epochs=epochs, eval_every=epochs // 4, batch_size=64)
+        return {} if epochs is None else dict(epochs=epochs, eval_every=epochs // 4)
     domain = data.domain(env_id)
     expectile, beta, dropout = SETTINGS.get(data.d4rl_id(env_id), SETTINGS.get(domain, SETTINGS["locomotion"]))
     return dict(
         expectile=expectile,
         beta=beta,
         dropout=dropout,
+        batch_size=256,
         epochs=1000,
         eval_episodes=100 if domain in ("antmaze", "pen", "kitchen") else 10,
     )

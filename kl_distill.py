@@ -47,7 +47,7 @@ class Args(common.Args):
     """step of the target Qs towards the online Qs, the paper's 1 - rho"""
     pretrain_epochs: int = 1
     """epochs that train only the critic and the diffusion policy, which is fixed in the training epochs"""
-    num_candidates: int = 1024
+    num_candidates: int = 64
     """actions drawn from the policy in each state, of which one is taken with probability softmax(Q) (Appendix D)"""
 
 
@@ -89,7 +89,7 @@ def task_defaults(env_id: str) -> dict[str, Any]:
         if epochs is None:
             return {}
         # Larger mazes need more updates; smaller batches let three mazes pass in half an hour on two cores
-        return dict(pretrain_epochs=2, epochs=epochs, eval_every=epochs // 3, batch_size=64, num_candidates=64, lr_decay=True)
+        return dict(pretrain_epochs=2, epochs=epochs, eval_every=epochs // 3, batch_size=64, lr_decay=True)
     name = data.d4rl_id(env_id) or ""  # Minari's data of the same task takes the same row
     alpha, expectile, _, epochs, learning_rate, lr_decay = TABLE_4.get(name, (5, 0.7, False, 1000, 3e-4, False))
     return dict(
@@ -99,6 +99,7 @@ def task_defaults(env_id: str) -> dict[str, Any]:
         learning_rate=learning_rate,
         lr_decay=lr_decay,
         pretrain_epochs=50,
+        num_candidates=1024,
         batch_size=2048 if name.startswith("antmaze") else 256,
         eval_episodes=100 if name.startswith(("antmaze", "pen", "kitchen")) else 10,
     )

@@ -36,7 +36,7 @@ STATUS_FILE = "status.json"  # beside the folder of a run of benchmark.py: how i
 
 _d4rl = list(d4rl_tasks.TASKS)
 GROUPS: dict[str, list[str]] = {
-    "pointmaze": list(data.POINTMAZES),
+    "pointmaze": list(reversed(data.POINTMAZES)),  # the longest runs first, so that none is left over at the end
     "gym": [name for name in _d4rl if data.domain(name) == "locomotion"],
     "antmaze": [name for name in _d4rl if name.startswith("antmaze") and name.endswith("v0")],
     "antmaze-v2": [name for name in _d4rl if name.startswith("antmaze") and name.endswith("v2")],

@@ -27,7 +27,16 @@ def test_details_name_places_that_exist():
 
 
 @pytest.mark.parametrize(
-    "page", ["README.md", "results/README.md", "docs/details.md", "docs/bandits.md", "docs/speed.md", "docs/tasks.md"]
+    "page",
+    [
+        "README.md",
+        "results/README.md",
+        "docs/details.md",
+        "docs/bandits.md",
+        "docs/speed.md",
+        "docs/tasks.md",
+        "docs/benchmark.md",
+    ],
 )
 def test_links_lead_somewhere(page):
     file = ROOT / page

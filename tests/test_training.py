@@ -181,9 +181,10 @@ def test_killed_at_any_moment_and_resumed_is_bit_equal(hopper, tmp_path, script)
         time.sleep(delay)
         process.kill()
         process.wait()
-        for again in range(2):  # killed again while resumed, then let through
+        kills = int(script == "dtql_continuous.py")
+        for again in range(1 + kills):  # killed again while resumed, then let through
             process = start("--resume", run_dir, script=script)
-            if again == 0:
+            if again < kills:
                 time.sleep(4 + delay)
                 process.kill()
             output = process.communicate(timeout=120)
