@@ -89,7 +89,7 @@ def task_defaults(env_id: str) -> dict[str, Any]:
         if epochs is None:
             return {}
         # Larger mazes need more updates; smaller batches let three mazes pass in half an hour on two cores
-        return dict(pretrain_epochs=2, epochs=epochs, eval_every=epochs // 3, batch_size=64, lr_decay=True)
+        return dict(pretrain_epochs=2, epochs=epochs, eval_every=epochs // 3, batch_size=64, num_candidates=64, lr_decay=True)
     name = data.d4rl_id(env_id) or ""  # Minari's data of the same task takes the same row
     alpha, expectile, _, epochs, learning_rate, lr_decay = TABLE_4.get(name, (5, 0.7, False, 1000, 3e-4, False))
     return dict(

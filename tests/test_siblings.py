@@ -336,14 +336,14 @@ def test_fqls_one_step_policy_follows_the_flow_when_alpha_is_large():
             param *= 0.5 if name.endswith("weight") else 1  # a flow that leaves room inside [-1, 1]
     params, given = losses_of(agent, "actor")
     optimizer = torch.optim.Adam(params["actor"].values(), 1e-3)
-    batch = agent.data.batch(torch.arange(256))
+    batch = agent.data.batch(torch.arange(64))
     for step in range(300):
-        loss, metrics = agent.actor_loss(given, batch, torch.randn(256, 2))
+        loss, metrics = agent.actor_loss(given, batch, torch.randn(64, 2))
         optimizer.zero_grad()
         loss.backward()
         optimizer.param_groups[0]["lr"] = 1e-3 * (1 - step / 300)
         optimizer.step()
-    noise = torch.randn(256, 2)
+    noise = torch.randn(64, 2)
     with torch.no_grad():
         flow = fql.euler(agent.velocity(detach(params["flow"]), batch.obs), noise, 10).clamp(-1, 1)
         error = agent.actor(detach(params["actor"]), batch.obs, noise) - flow

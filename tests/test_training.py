@@ -51,7 +51,7 @@ from common import UserError
         (iql, {}, ["actor"]),
         (idql, {}, ["denoiser"]),
         (fql, {}, ["flow", "critic"]),
-        (srpo, {}, ["denoiser", "critic"]),
+        (srpo, {}, ["denoiser"]),
     ],
 )
 def test_training_changes_every_network_and_losses_fall(hopper, tmp_path, module, changes, lower):
