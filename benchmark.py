@@ -21,7 +21,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import redirect_stderr, redirect_stdout
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -98,8 +98,8 @@ class Job(NamedTuple):
 
     def ended(self) -> bool:
         """Whether there is nothing left to do: the run is done, or its loss diverged. Bad input may have been mended."""
-        file = Path(self.folder) / report.STATUS_FILE
-        return file.exists() and json.loads(file.read_text())["status"] in ("", "diverged")
+        result = report.read_status(Path(self.folder))
+        return result is not None and result["status"] in ("", "diverged")
 
 
 def expand_tasks(names: Sequence[str]) -> list[str]:
@@ -171,13 +171,12 @@ def run_job(job: Job, cpus: int) -> dict[str, Any]:
                 module.main(common.parse_args(module.Args, module.task_defaults, job.argv()))
             except UserError as error:
                 print(f"error: {error}")
-                status = str(error)
-                if "another process is writing" in status and time.time() < started + 120:
+                if isinstance(error, common.InUse) and time.time() < started + 120:
                     time.sleep(2)  # a benchmark that was killed: its run is about to end
                     continue
-                if "another process is writing" in status or "make room" in status:
+                if isinstance(error, (common.InUse, common.Unwritable)):
                     raise  # may have passed when the command is given again: not a result
-                status = "diverged" if "no longer finite" in status else status
+                status = "diverged" if isinstance(error, common.Diverged) else str(error)
             except SystemExit:
                 status = "its flags are wrong: see log.txt"
             break
@@ -233,11 +232,12 @@ def start_ray(args: Args) -> Any:
     except (Exception, SystemExit) as error:
         where = f"--address {args.address}: no Ray cluster answers there" if args.address else "Ray does not start"
         raise UserError(f"{where} ({common.line(error)[:200]})") from None
-    try:
-        check_room(args, [node["Resources"] for node in ray.nodes() if node["Alive"]])
-    except UserError:
-        ray.shutdown()
-        raise
+    if args.address is not None:
+        try:
+            check_room(args, [node["Resources"] for node in ray.nodes() if node["Alive"]])
+        except UserError:
+            ray.shutdown()
+            raise
     return ray
 
 
@@ -280,12 +280,11 @@ def run_all(args: Args, jobs: Sequence[Job]) -> list[str]:
     return failures
 
 
-def open_suite(args: Args, flags: Sequence[str]) -> Path:
-    """The folder of this benchmark. Raises UserError if it cannot be written or belongs to another one."""
+def open_suite(args: Args, flags: Sequence[str]) -> None:
+    """Make the folder of this benchmark. Raises UserError if it cannot be written or belongs to another one."""
     out = Path(args.out_dir)
     common.check_writable(out / SUITE_FILE, "--out-dir")
-    free = ("out_dir", "gpus_per_run", "cpus_per_run", "address", "print_commands", "report_only", "tasks", "methods")
-    suite = {name: value for name, value in asdict(args).items() if name not in free} | {"flags": list(flags)}
+    suite = {"num_seeds": args.num_seeds, "one_run_per_seed": args.one_run_per_seed, "flags": list(flags)}
     file = out / SUITE_FILE
     if file.exists():
         try:
@@ -295,7 +294,6 @@ def open_suite(args: Args, flags: Sequence[str]) -> Path:
         check(before == suite, f"{out} holds a benchmark with other settings ({before}, not {suite}): choose another --out-dir")
     else:
         common.write_atomically(file, json.dumps(suite).encode())
-    return out
 
 
 def main(args: Args, flags: Sequence[str] = ()) -> Path | None:

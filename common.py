@@ -35,6 +35,18 @@ class UserError(Exception):
     """Something the user can mend. The message is one line that says what to do."""
 
 
+class Diverged(UserError):
+    """A loss or a parameter is no longer finite."""
+
+
+class InUse(UserError):
+    """Another process is writing to the run's folder."""
+
+
+class Unwritable(UserError):
+    """The disk is full, or writing is not permitted."""
+
+
 def line(error: BaseException) -> str:
     """The message of an error on one line."""
     return " ".join(str(error).split()) or type(error).__name__
@@ -479,7 +491,7 @@ def write_atomically(file: Path, content: bytes) -> None:
             os.fsync(target.fileno())
         temporary.replace(file)
     except OSError as error:
-        raise UserError(f"cannot write {file} ({error.strerror or line(error)}): make room, or permit writing there") from None
+        raise Unwritable(f"cannot write {file} ({error.strerror or line(error)}): make room, or permit writing there") from None
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
@@ -713,9 +725,9 @@ class Run:
             fcntl.lockf(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             if error.errno in (errno.EACCES, errno.EAGAIN) and not isinstance(error, PermissionError):
-                raise UserError(f"{self.dir}: another process is writing to this run; wait for it or stop it") from None
+                raise InUse(f"{self.dir}: another process is writing to this run; wait for it or stop it") from None
             if error.errno != errno.ENOLCK:  # a file system without locks: go on without
-                raise UserError(f"cannot write to {self.dir} ({error.strerror}): make room, or permit writing there") from None
+                raise Unwritable(f"cannot write to {self.dir} ({error.strerror}): make room, or permit writing there") from None
 
     def __enter__(self) -> "Run":
         global _stop_signal
@@ -742,7 +754,7 @@ class Run:
                 self.save()
                 print(f"stopped at update {self.step}; continue with --resume {self.dir}", file=sys.stderr)
             if kind is not None and issubclass(kind, OSError):
-                raise UserError(
+                raise Unwritable(
                     f"cannot write to {self.dir} ({error.strerror or line(error)}); its checkpoint of update "
                     f"{self.saved_step} is good: make room and continue with --resume {self.dir}"
                 ) from None
@@ -786,11 +798,9 @@ class Run:
         self.train_seconds += seconds
         self._clock = time.perf_counter()
         losses = dict(zip(sums, means))
-        check(
-            bool(np.isfinite(means).all()),
-            f"update {self.step}: a loss is no longer finite ({', '.join(f'{k} {v:.3g}' for k, v in losses.items())}); "
-            f"{self.dir}/checkpoint.pt of update {self.saved_step} is good; try a lower --learning-rate",
-        )
+        if not np.isfinite(means).all():
+            listed = ", ".join(f"{name} {mean:.3g}" for name, mean in losses.items())
+            raise self._diverged(f"a loss is no longer finite ({listed})")
         losses = {name: mean for name, mean in losses.items() if mean}  # the others are not computed while pretraining
         for name, mean in losses.items():
             self.writer.add_scalar(f"losses/{name}", mean, self.step)
@@ -802,6 +812,12 @@ class Run:
         # Checkpoints should take no more than about a twentieth of the time
         if time.perf_counter() - self._saved_at > 20 * self._save_seconds:
             self.save()
+
+    def _diverged(self, what: str) -> Diverged:
+        return Diverged(
+            f"update {self.step}: {what}; {self.dir}/checkpoint.pt of update {self.saved_step} is good; "
+            "try a lower --learning-rate"
+        )
 
     def _last_score(self) -> dict[str, str]:
         last = [row["score_mean"] for row in self.rows if row["epoch"] == self.rows[-1]["epoch"]]
@@ -882,19 +898,16 @@ class Run:
             "cuda_random_state": torch.cuda.get_rng_state() if self.args.cuda else None,
         }
         params = [param for network in checkpoint["learner"]["params"].values() for param in network.values()]
-        check(
-            all(bool(param.isfinite().all()) for param in params),
-            f"update {self.step}: a parameter is no longer finite; {self.dir}/checkpoint.pt of update {self.saved_step} "
-            "is good; try a lower --learning-rate",
-        )
+        if not all(bool(param.isfinite().all()) for param in params):
+            raise self._diverged("a parameter is no longer finite")
         content = io.BytesIO()
         torch.save(checkpoint, content)
         try:
             write_atomically(self.dir / "checkpoint.pt", content.getvalue())
-        except UserError as error:
+        except Unwritable as error:
             if self.saved_step < 0:
                 raise
-            raise UserError(
+            raise Unwritable(
                 f"{error}; the checkpoint of update {self.saved_step} is good: continue with --resume {self.dir}"
             ) from None
         self.saved_step, self._saved_rows = self.step, len(self.rows)

@@ -102,6 +102,7 @@ def task_defaults(env_id: str) -> dict[str, Any]:
         learning_rate=learning_rate,
         lr_decay=lr_decay,
         pretrain_epochs=50,
+        num_candidates=1024,
         batch_size=2048 if name.startswith("antmaze") else 256,
         eval_episodes=100 if name.startswith(("antmaze", "pen", "kitchen")) else 10,
     )

@@ -7,6 +7,7 @@ episodes follows Jackson et al., "A Clean Slate for Offline Reinforcement Learni
 
 import collections
 import csv
+import functools
 import json
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -131,7 +132,6 @@ class Run(NamedTuple):
     seed: int
     epochs: list[int]
     scores: list[float]
-    lengths: list[float]
     train_seconds: float
     eval_seconds: float  # all evaluations together
     episodes: np.ndarray  # scores in the last evaluation (E,)
@@ -148,6 +148,22 @@ def read_table(file: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(source))
 
 
+def read_status(folder: Path) -> dict[str, Any] | None:
+    """How the run in a job's folder ended: task, method, status ("" is well); None if it has not.
+
+    Raises UserError if that cannot be read.
+    """
+    file = folder / STATUS_FILE
+    if not file.exists():
+        return None
+    try:
+        status = json.loads(file.read_text())
+        common.check(all(isinstance(status[name], str) for name in ("task", "method", "status")), "it has no words there")
+        return status
+    except (OSError, ValueError, KeyError, TypeError, common.UserError) as error:
+        raise common.UserError(f"{file} is damaged ({common.line(error)}): delete it, and the run is looked at again") from None
+
+
 def read_runs(folder: Path) -> list[Run]:
     """All runs below a folder, however they were made; of several of one task, method and seed the longest."""
     found: dict[tuple[str, str, int], Run] = {}
@@ -158,8 +174,7 @@ def read_runs(folder: Path) -> list[Run]:
             rows = read_table(run_dir / "eval.csv") if (run_dir / "eval.csv").exists() else []
             episodes = read_table(run_dir / "episodes.csv") if rows and (run_dir / "episodes.csv").exists() else []
             last = rows[-1]["epoch"] if rows else None
-            status_file = run_dir.parent / STATUS_FILE
-            status = json.loads(status_file.read_text())["status"] if status_file.exists() else ""
+            ended = read_status(run_dir.parent)
             for seed in range(args["seed"], args["seed"] + args["num_seeds"]):
                 own = [row for row in rows if int(row["seed"]) == seed]
                 run = Run(
@@ -168,14 +183,13 @@ def read_runs(folder: Path) -> list[Run]:
                     seed,
                     [int(row["epoch"]) for row in own],
                     [float(row["score_mean"]) for row in own],
-                    [float(row["length_mean"]) for row in own],
                     float(own[-1]["train_seconds"]) if own else 0.0,
                     sum(float(row["eval_seconds"]) for row in own),
                     np.array([float(row["score"]) for row in episodes if row["epoch"] == last and int(row["seed"]) == seed]),
                     (int(last or 0) + sum(args.get(name, 0) for name in PRETRAINING)) * args["steps_per_epoch"],
                     config["device"],
                     bool(own) and int(own[-1]["epoch"]) == args["epochs"],
-                    status,
+                    ended["status"] if ended else "",
                     args["steps_per_epoch"],
                     args["num_seeds"],
                 )
@@ -189,18 +203,22 @@ def read_runs(folder: Path) -> list[Run]:
     return list(found.values())
 
 
-def read_failures(folder: Path) -> dict[tuple[str, str], str]:
+def read_failures(folder: Path) -> dict[tuple[str, str], set[str]]:
     """(task, method) -> why there is no whole run of it, of those that benchmark.py started."""
-    statuses = [json.loads(file.read_text()) for file in sorted(folder.rglob(STATUS_FILE))]
-    return {(status["task"], status["method"]): status["status"] for status in statuses if status["status"]}
+    failures = collections.defaultdict(set)
+    for ended in (read_status(file.parent) for file in sorted(folder.rglob(STATUS_FILE))):
+        if ended["status"]:
+            failures[ended["task"], ended["method"]].add(ended["status"])
+    return dict(failures)
 
 
-def paper_scores() -> dict[tuple[str, str], tuple[float, float | None, str]]:
-    """The paper's cells: (task, method) -> (score, standard error, table)."""
+@functools.cache
+def paper_scores() -> dict[tuple[str, str], tuple[float, float | None]]:
+    """The paper's cells: (task, method) -> (score, standard error)."""
     cells = {}
     for row in read_table(Path(__file__).parent / "results" / "paper_scores.csv"):
         error = float(row["stderr"]) if row["stderr"] else None
-        cells.setdefault((row["task"], row["method"]), (float(row["score"]), error, row["source_table"]))
+        cells.setdefault((row["task"], row["method"]), (float(row["score"]), error))
     return cells
 
 
@@ -252,7 +270,7 @@ def group_section(
     tasks: list[str],
     methods: list[str],
     cells: dict[tuple[str, str], list[Run]],
-    failures: dict[tuple[str, str], str],
+    failures: dict[tuple[str, str], set[str]],
 ) -> str:
     """The table of a group beside the paper's numbers, its footnotes and its statistics."""
     paper, notes, rows, average = paper_scores(), [], [], ["average"]
@@ -262,8 +280,7 @@ def group_section(
         row = [f"`{task}`"]
         for method in methods:
             runs = [run for run in cells.get((task, method), []) if run.scores]
-            reasons = [run.status for run in cells.get((task, method), [])] + [failures.get((task, method), "")]
-            marks = "".join(f" {footnote(notes, reason)}" for reason in sorted(set(reasons) - {""}))
+            marks = "".join(f" {footnote(notes, reason)}" for reason in sorted(failures.get((task, method), ())))
             if runs:
                 mean, error = mean_and_error(runs)
                 marks = ("" if all(run.finished for run in runs) else " (unfinished)") + marks
@@ -271,7 +288,7 @@ def group_section(
             else:
                 row += [f"failed{marks}" if marks else "missing", "missing"]
         for method in published:
-            score, error, _ = paper.get((task, method), (None, None, None))
+            score, error = paper.get((task, method), (None, None))
             row.append("missing" if score is None else f"{score:g}" + (f" ± {error:g}" if error is not None else ""))
         rows.append(row)
     for method in methods:
@@ -290,15 +307,21 @@ def group_section(
     return f"## {name}\n\n{text}\n{statistics_section(tasks, methods, cells)}"
 
 
-def score_matrix(tasks: Sequence[str], method: str, cells: dict[tuple[str, str], list[Run]]) -> list[np.ndarray]:
-    """The last scores of each task's runs, divided by 100; empty unless every task has some."""
-    matrix = [np.array([run.scores[-1] / 100 for run in cells.get((task, method), []) if run.scores]) for task in tasks]
-    return matrix if all(len(runs) for runs in matrix) else []
+def score_matrices(
+    tasks: Sequence[str], methods: Sequence[str], cells: dict[tuple[str, str], list[Run]]
+) -> dict[str, list[np.ndarray]]:
+    """Of each method with a run of every task: the last scores of each task's runs, divided by 100."""
+    matrices = {}
+    for method in methods:
+        matrix = [np.array([run.scores[-1] / 100 for run in cells.get((task, method), []) if run.scores]) for task in tasks]
+        if all(len(runs) for runs in matrix):
+            matrices[method] = matrix
+    return matrices
 
 
 def statistics_section(tasks: list[str], methods: list[str], cells: dict[tuple[str, str], list[Run]]) -> str:
     """IQM, optimality gap and probability of improvement of the methods with a run of every task."""
-    matrices = {method: matrix for method in methods if (matrix := score_matrix(tasks, method, cells))}
+    matrices = score_matrices(tasks, methods, cells)
     if not matrices:
         return ""
     rows = []
@@ -312,11 +335,11 @@ def statistics_section(tasks: list[str], methods: list[str], cells: dict[tuple[s
     text = "Last scores / 100 over these tasks; intervals by stratified bootstrap, somewhat too narrow with so few runs.\n\n"
     text += markdown(["method", "runs per task", "IQM (95 %)", "optimality gap (95 %)", "mean", "median"], rows)
     if len(matrices) > 1:
-        rows = []
-        for x in matrices:
-            pairs = ((0, 0, 0) if x == y else probability_of_improvement(matrices[x], matrices[y]) for y in matrices)
-            cell = "{:.2f} ({:.2f} to {:.2f})".format
-            rows.append([x, *("-" if x == y else cell(*pair) for y, pair in zip(matrices, pairs))])
+
+        def better(x: str, y: str) -> str:
+            return "{:.2f} ({:.2f} to {:.2f})".format(*probability_of_improvement(matrices[x], matrices[y]))
+
+        rows = [[x, *("-" if x == y else better(x, y) for y in matrices)] for x in matrices]
         text += "\nProbability that a run of the row's method scores above one of the column's (95 %):\n\n"
         text += markdown(["", *matrices], rows)
     return text + "\n"
@@ -413,7 +436,7 @@ def write_report(folder: Path, expected: Iterable[tuple[str, str]] = ()) -> Path
     if len(groups) > 1:
         text += "## All tasks\n\n" + statistics_section(tasks, methods, cells)
     levels = np.linspace(0, 1.2, 241)
-    matrices = {method: matrix for method in methods if (matrix := score_matrix(tasks, method, cells))}
+    matrices = score_matrices(tasks, methods, cells)
     if matrices:
         profile = {x: (levels, (np.concatenate(matrix)[:, None] > levels).mean(0)) for x, matrix in matrices.items()}
         draw_lines(profile, folder / "profile.png", xlabel="score / 100", ylabel="share of runs above it", ylim=(-0.02, 1.02))

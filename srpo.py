@@ -129,9 +129,11 @@ def check_args(args: Args) -> None:
 
 def transform_rewards(task: data.Task) -> np.ndarray:
     """Rewards (N,) to train on: sparse mazes r - 1, all others with returns over a range of 1000."""
-    if task.sparse_goal or not len(task.rewards):
+    if task.sparse_goal:
         return task.rewards - 1
-    return task.rewards * np.float32(1000 / data.return_range(task))
+    if len(task.rewards):
+        return task.rewards * np.float32(1000 / data.return_range(task))
+    return task.rewards
 
 
 # ---- noise: a_t = alpha(t) a + sigma(t) noise, t in (0, 1) -----------------------------------------------------------

@@ -469,8 +469,9 @@ class BestOf:
             if self.q is None:
                 chosen.append(self._sample_all(p, part, z))
             else:
-                gumbel = -torch.log(torch.empty(shape, device=device).exponential_(generator=generator))
-                gumbel = torch.zeros_like(gumbel) if self.greedy else gumbel
+                gumbel = torch.zeros(shape, device=device)
+                if not self.greedy:
+                    gumbel = -torch.log(gumbel.exponential_(generator=generator))
                 chosen.append(self.choose(p, part, z, gumbel))
         return (self.low + (torch.cat(chosen, 1)[:, :n] + 1) / 2 * (self.high - self.low)).cpu().numpy()
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import minari
 import numpy as np
+from gymnasium.spaces import flatten
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
@@ -24,8 +25,7 @@ def roll_out(env, act, episodes: int = 20) -> tuple[list[np.ndarray], int]:
         obs, info = env.reset(seed=seed)
         path, done = [obs["achieved_goal"]], False
         while not done:
-            flat = np.concatenate([np.ravel(obs[key]) for key in sorted(obs)]).astype(np.float32)
-            obs, _, terminated, truncated, info = env.step(act(flat))
+            obs, _, terminated, truncated, info = env.step(act(flatten(env.observation_space, obs)))
             path.append(obs["achieved_goal"])
             done = terminated or truncated
         reached += bool(info["success"])

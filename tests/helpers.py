@@ -8,7 +8,9 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import gymnasium as gym
 import h5py
@@ -231,12 +233,15 @@ def start(*arguments: object, script: str = "dtql_continuous.py", **environment:
     )
 
 
+def until(condition: Callable[[], Any], seconds: float) -> None:
+    """Wait for a condition; the test fails if it does not come true."""
+    deadline = time.time() + seconds
+    while not condition():
+        assert time.time() < deadline, "waited in vain"
+        time.sleep(0.01)
+
+
 def wait_for(parent: Path, pattern: str = "*/checkpoint.pt") -> Path:
     """The folder of the first file below `parent` that matches, as soon as there is one."""
-    deadline = time.time() + 120
-    while time.time() < deadline:
-        found = list(parent.glob(pattern))
-        if found:
-            return found[0].parent
-        time.sleep(0.01)
-    raise AssertionError(f"no {pattern} appeared")
+    until(lambda: any(parent.glob(pattern)), 120)
+    return next(parent.glob(pattern)).parent

@@ -8,14 +8,12 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from helpers import FLAGS, ROOT, command, make_args, run_script
+from helpers import FLAGS, ROOT, command, make_args, params_of, run_script, until
 
 import bc
 import benchmark
@@ -185,20 +183,10 @@ def parameters(out: Path) -> dict[str, torch.Tensor]:
     """Every parameter of all runs of a benchmark, by run and name."""
     found = {}
     for file in sorted(out.glob("*/*/*/*/checkpoint.pt")):
-        checkpoint = torch.load(file, weights_only=True)
-        where = file.relative_to(out).parts[:3]
-        assert checkpoint["step"] == 2000, file
-        for network, params in checkpoint["learner"]["params"].items():
-            found |= {f"{'/'.join(where)} {network}.{name}": param for name, param in params.items()}
+        assert common.open_checkpoint(file)["step"] == 2000, file
+        where = "/".join(file.relative_to(out).parts[:3])
+        found |= {f"{where} {name}": param for name, param in params_of(file.parent).items()}
     return found
-
-
-def until(condition: Callable[[], Any], seconds: float) -> None:
-    """Wait for a condition; the test fails if it does not come true."""
-    deadline = time.time() + seconds
-    while not condition():
-        assert time.time() < deadline, "waited in vain"
-        time.sleep(0.05)
 
 
 def processes(mark: str) -> dict[int, str]:
