@@ -15,10 +15,16 @@ Training, by number of models and batch size. All variants are measured in turn,
 
 The ratio is that to eager in the same round; in evaluation (1024 candidates in each state) that to one environment at a
 time with 1024 repeated policy passes. Rates are medians over the rounds, with the lowest and the highest.
+
+Methods (Table 2 and Figure 4): seconds per 1,000 updates of one model as it trains by default, and of the parts of an update on
+their own, at the method's own batch size and at each of --batch-sizes; milliseconds per action; seconds per trajectory; hours of
+a run of the published length. As a picture too.
 """
 
+import collections
 import copy
 import functools
+import importlib
 import platform
 import resource
 import statistics
@@ -33,6 +39,7 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from matplotlib.figure import Figure
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -40,12 +47,15 @@ import common
 import d4rl_tasks  # noqa: F401  registers the environments
 import data
 import dtql_continuous as dtql
+import fql
+import srpo
 import stacked
+from benchmark import METHODS
 
 
 @dataclass
 class Args:
-    """Measure updates per second and actions per second."""
+    """Measure updates per second and actions per second, of DTQL in its variants and of all methods."""
 
     cuda: bool = torch.cuda.is_available()
     """measure on the GPU"""
@@ -53,15 +63,26 @@ class Args:
     """numbers of models that train at once"""
     batch_sizes: tuple[int, ...] = (256, 2048)
     """transitions per update and model"""
-    rounds: int = 7
-    """how often each variant is measured, for a second or more each time"""
+    methods: tuple[str, ...] = METHODS
+    """methods to compare"""
+    rounds: int = 5
+    """how often each variant is measured"""
+    seconds: float = 0.5
+    """for how long each time, at least"""
     csv: str = "speed.csv"
-    """file for the table"""
+    """file for the table; the picture is put beside it"""
 
 
-ENV_ID = "d4rl/antmaze-large-diverse-v0"
+ENV_ID = "antmaze-umaze-v0"
 OBS_DIM, ACTION_DIM, ROWS = 29, 8, 1_000_000  # of the AntMaze files
 PAPER_UPDATES = 1_050_000  # 50 epochs of pretraining and 1000 of training (Table 4, locomotion)
+# Table 2: seconds per 1,000 updates, seconds per trajectory, hours. One RTX A5000; neither batch sizes nor lengths are stated
+TABLE_2 = {
+    "dql": (24.13, 3.03, 6.70),
+    "idql": (17.57, 3.04, 14.64),
+    "srpo": (24.71, 0.22, 9.42),
+    "dtql_continuous": (21.83, 0.35, 3.33),
+}
 
 
 def random_task() -> data.Task:
@@ -71,7 +92,7 @@ def random_task() -> data.Task:
         draw(-1, 1, shape).astype(np.float32) for shape in ((ROWS, OBS_DIM), (ROWS, ACTION_DIM), ROWS, ROWS, (ROWS, OBS_DIM))
     )
     bounds = -np.ones(ACTION_DIM, np.float32), np.ones(ACTION_DIM, np.float32)
-    return data.Task(*columns, lambda: gym.make(ENV_ID), lambda r: r, "return", False, "random", *bounds)
+    return data.Task(*columns, lambda: gym.make(f"d4rl/{ENV_ID}"), lambda r: r, "return", False, "random", *bounds)
 
 
 # ---- the paper line by line ------------------------------------------------------------------------------------------
@@ -198,12 +219,12 @@ def rate(function: Callable[[], object], seconds: float, device: torch.device) -
             return calls / elapsed
 
 
-def in_turn(functions: dict[str, Callable[[], object]], rounds: int, device: torch.device) -> dict[str, list[float]]:
-    """The rates of several functions, measured in turn `rounds` times after one round for warming up."""
+def in_turn(functions: dict[str, Callable[[], object]], args: Args, device: torch.device) -> dict[str, list[float]]:
+    """The rates of several functions, measured in turn `args.rounds` times after one round for warming up."""
     rates: dict[str, list[float]] = {name: [] for name in functions}
-    for measured in common.progress_bar(iterable=range(rounds + 1), desc=" ".join(functions), leave=False):
+    for measured in common.progress_bar(iterable=range(args.rounds + 1), desc=" ".join(functions), leave=False):
         for name, function in functions.items():
-            value = rate(function, 1.0 if measured else 0.2, device)
+            value = rate(function, args.seconds if measured else min(0.2, args.seconds), device)
             if measured:
                 rates[name].append(value)
     return rates
@@ -229,7 +250,7 @@ def peak_memory(device: torch.device) -> int:
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**10 if sys.platform == "linux" else 2**20))
 
 
-def measure_training(task: data.Task, models: int, batch_size: int, rounds: int, device: torch.device) -> list[dict]:
+def measure_training(task: data.Task, models: int, batch_size: int, args: Args, device: torch.device) -> list[dict]:
     torch.compiler.reset()
     settings = dict(num_seeds=models, batch_size=batch_size, cuda=device.type == "cuda", **PAPER)
     variants = {"eager": (False, False), "compile": (True, False)}
@@ -254,7 +275,7 @@ def measure_training(task: data.Task, models: int, batch_size: int, rounds: int,
             with Products() as products:
                 update()
     functions["products"] = stacked.capture(products.run) if device.type == "cuda" else products.run
-    rates = in_turn(functions, rounds, device)
+    rates = in_turn(functions, args, device)
     rows = []
     for name, values in rates.items():
         row = {"what": "updates", "variant": name, "models": models, "batch": batch_size, **summary(values, rates["eager"])}
@@ -270,10 +291,10 @@ def measure_training(task: data.Task, models: int, batch_size: int, rounds: int,
 
 
 # Table 4's AntMaze settings, without what is measured
-PAPER = dict(env_id=ENV_ID.removeprefix("d4rl/"), nll=True, lr_decay=True, epochs=1000, steps_per_epoch=1000)
+PAPER = dict(env_id=ENV_ID, nll=True, lr_decay=True, epochs=1000, steps_per_epoch=1000)
 
 
-def measure_evaluation(task: data.Task, rounds: int, device: torch.device) -> list[dict]:
+def measure_evaluation(task: data.Task, args: Args, device: torch.device) -> list[dict]:
     """Steps per second of an AntMaze: all episodes in lock-step, against one environment at a time."""
     torch.compiler.reset()
     agents = {
@@ -287,7 +308,7 @@ def measure_evaluation(task: data.Task, rounds: int, device: torch.device) -> li
         return agents[name].best_of(agents[name].models.params, obs, generator)
 
     def report(what: str, functions: dict[str, tuple[Callable[[], object], int]]) -> list[dict]:
-        rates = in_turn({name: function for name, (function, _) in functions.items()}, rounds, device)
+        rates = in_turn({name: function for name, (function, _) in functions.items()}, args, device)
         scaled = {name: [size * value for value in rates[name]] for name, (_, size) in functions.items()}
         return [{"what": what, "variant": name, **summary(values, scaled["plain"])} for name, values in scaled.items()]
 
@@ -302,7 +323,7 @@ def measure_evaluation(task: data.Task, rounds: int, device: torch.device) -> li
     everyone = np.arange(10)
     single.reset(seed=0)
     copies.reset(everyone, everyone)
-    # An episode has 1000 steps; time goes on counting after that, which does not change what a step costs
+    # An episode has 700 steps; time goes on counting after that, which does not change what a step costs
     rows += report(
         "environment steps",
         {"plain": (lambda: single.unwrapped.step(plain.act(states[0, :1])[0]), 1)}
@@ -313,20 +334,188 @@ def measure_evaluation(task: data.Task, rounds: int, device: torch.device) -> li
     )
     copies.close()
     if device.type == "cuda":
-        args = dtql.Args(eval_episodes=100, **PAPER)
-        envs = common.make_lockstep_envs(task, args)
-        evaluation = common.evaluate(task, envs, lambda obs, _: act("compile", obs), args, 0, device)
+        settings = dtql.Args(eval_episodes=100, **PAPER)
+        envs = common.make_lockstep_envs(task, settings)
+        evaluation = common.evaluate(task, envs, lambda obs, _: act("compile", obs), settings, 0, device)
         rows.append({"what": "100 AntMaze episodes", "seconds": round(evaluation.seconds, 1)})
         envs.close()
     return rows
 
 
+# ---- all methods: Table 2 and Figure 4 ---------------------------------------------------------------------------------
+
+PARTS = {
+    "critic_loss": "critic",
+    "value_loss": "critic",
+    "denoiser_loss": "diffusion or flow model",
+    "fake_loss": "diffusion or flow model",
+    "clone_loss": "diffusion or flow model",
+    "actor_loss": "policy",
+}
+TARGETS, REST = "targets", "minibatch and noise"
+
+
+def make_agent(method: str, task: data.Task, args: Args, device: torch.device, **settings: int) -> object:
+    """A method's agent with its settings for the task, but for `settings`; one model, as it trains by default."""
+    module = importlib.import_module(method)
+    defaults = module.task_defaults(ENV_ID) | settings
+    own = module.Args(env_id=ENV_ID, cuda=args.cuda, cudagraphs=args.cuda, compile=True, **defaults)
+    agent = getattr(module, {"dtql_continuous": "DTQL", "kl_distill": "KLDistill"}.get(method, method.upper()))(own, task, device)
+    if isinstance(agent, fql.FQL):  # so that each part of its one loss can be measured on its own
+        for loss, network in ((agent.critic_loss, "critic"), (agent.clone_loss, "flow"), (agent.actor_loss, "actor")):
+            agent.models.optimize(loss, network, lr=own.learning_rate)
+    return agent
+
+
+def stages(agent: object) -> list[tuple[str, Callable[[], None], int]]:
+    """What a run does, one after the other: name, update, number of updates."""
+    args = agent.args
+    if isinstance(agent, srpo.SRPO):
+        return [
+            (update.__name__.removeprefix("update_"), update, epochs * args.steps_per_epoch) for update, epochs in agent.phases
+        ]
+    if not args.pretrain_steps:
+        return [("training", agent.update, args.total_steps)]
+    return [
+        ("pretraining", functools.partial(agent.update, training=False), args.pretrain_steps),
+        ("training", functools.partial(agent.update, training=True), args.total_steps - args.pretrain_steps),
+    ]
+
+
+def parts_of(agent: object, update: Callable[[], None]) -> dict[str, Callable[[], None]]:
+    """The steps and averages that one update makes, by part, to be made again with the same minibatch and noise."""
+    calls, models = collections.defaultdict(list), agent.models
+    step, average = models.step, models.average
+
+    def record_step(loss: Callable, *inputs: object, **options: object) -> None:
+        if isinstance(agent, fql.FQL):
+            batch, noise, time = inputs
+            losses = (agent.critic_loss,), (agent.clone_loss, time), (agent.actor_loss,)
+            for i, (loss, *more) in enumerate(losses):
+                calls[PARTS[loss.__name__]].append(functools.partial(step, loss, batch, noise[:, i], *more))
+        else:  # DQL's policy is its diffusion model
+            part = "policy" if type(agent).__name__ == "DQL" and loss == agent.denoiser_loss else PARTS[loss.__name__]
+            calls[part].append(functools.partial(step, loss, *inputs, **options))
+
+    models.step = record_step
+    models.average = lambda *inputs: calls[TARGETS].append(functools.partial(average, *inputs))
+    try:
+        update()
+    finally:
+        del models.step, models.average
+    return {part: functools.partial(_call_all, functions) for part, functions in calls.items()}
+
+
+def _call_all(functions: list[Callable[[], None]]) -> None:
+    for function in functions:
+        function()
+
+
+def measure_method(method: str, task: data.Task, batch_size: int | None, args: Args, device: torch.device) -> list[dict]:
+    """A row for each stage: seconds per 1,000 updates and of their parts. At the method's own batch size if None."""
+    module = importlib.import_module(method)
+    sizes = [name for name in ("batch_size", "diffusion_batch_size") if hasattr(module.Args, name)]
+    agent = make_agent(method, task, args, device, **(dict.fromkeys(sizes, batch_size) if batch_size else {}))
+    rows = []
+    for stage, update, number in stages(agent):
+        if batch_size and stage == "pretraining":
+            continue  # nothing in it that training has not
+        fast = agent.models.prepare(update, args.cuda)
+        parts = parts_of(agent, update)
+        if args.cuda:
+            parts = {part: stacked.capture(function) for part, function in parts.items()}
+        rates = in_turn({"all": fast, **parts}, args, device)
+        seconds = {name: 1000 / statistics.median(values) for name, values in rates.items()}
+        whole = seconds.pop("all")
+        size = agent.args.diffusion_batch_size if stage == "denoiser" else agent.args.batch_size
+        row = {"what": "method", "variant": method, "stage": stage, "batch": size, "own": batch_size is None}
+        row |= {"seconds_per_1000": whole, "low": 1000 / max(rates["all"]), "high": 1000 / min(rates["all"])}
+        row |= {**seconds, REST: max(0.0, whole - sum(seconds.values())), "updates": number}
+        rows.append({name: float(f"{value:.4g}") if isinstance(value, float) else value for name, value in row.items()})
+    return rows
+
+
+def measure_acting(task: data.Task, args: Args, device: torch.device) -> list[dict]:
+    """A row for each method: milliseconds per action in one state and in a full batch of them, seconds per trajectory."""
+    torch.compiler.reset()
+    empty = data.Task.without_data(obs_dim=OBS_DIM, action_low=task.action_low, action_high=task.action_high)
+    agents = {method: make_agent(method, empty, args, device) for method in args.methods}
+    generator, states = torch.Generator(device).manual_seed(0), np.zeros((1, common.MAX_COPIES, OBS_DIM), np.float32)
+    act = lambda method, obs: agents[method].best_of(agents[method].models.params, obs, generator)
+    one = in_turn({method: functools.partial(act, method, states[:, :1]) for method in agents}, args, device)
+    many = in_turn({method: functools.partial(act, method, states) for method in agents}, args, device)
+    rows, envs = [], common.LockstepEnvs(task.make_env, [0])
+    for method in agents:
+        started = time.perf_counter()
+        _, lengths = common.run_episodes(envs, functools.partial(act, method), np.zeros(1, int))
+        seconds = time.perf_counter() - started
+        row = {
+            "what": "acting",
+            "variant": method,
+            "candidates": agents[method].best_of.num_candidates,
+            "ms_per_action": 1000 / statistics.median(one[method]),
+            f"ms_per_action_of_{common.MAX_COPIES}": 1000 / common.MAX_COPIES / statistics.median(many[method]),
+            "seconds_per_trajectory": seconds,
+            "length": int(lengths.item()),
+        }
+        if method in TABLE_2:
+            row["paper_seconds_per_trajectory"] = TABLE_2[method][1]
+        rows.append({name: float(f"{value:.4g}") if isinstance(value, float) else value for name, value in row.items()})
+    envs.close()
+    return rows
+
+
+def whole_runs(rows: list[dict]) -> list[dict]:
+    """A row for each method: hours of its published length at its own batch size, and the paper's numbers (Table 2)."""
+    runs = []
+    for method in dict.fromkeys(row["variant"] for row in rows if row["what"] == "method"):
+        own = [row for row in rows if row["what"] == "method" and row["variant"] == method and row["own"]]
+        hours = sum(row["seconds_per_1000"] * row["updates"] for row in own) / 3.6e6
+        run = {"what": "run", "variant": method, "hours": float(f"{hours:.4g}"), "updates": sum(row["updates"] for row in own)}
+        if method in TABLE_2:
+            run |= {"paper_seconds_per_1000": TABLE_2[method][0], "paper_hours": TABLE_2[method][2]}
+        runs.append(run)
+    return runs
+
+
+def draw_methods(rows: list[dict], args: Args, title: str, file: Path) -> None:
+    """Figure 4: seconds per 1,000 updates by part; SRPO's three phases on top of each other."""
+    rows = [row for row in rows if row["what"] == "method" and row["stage"] != "pretraining"]
+    panels = {"own batch size": [row for row in rows if row["own"]]}
+    for size in args.batch_sizes:
+        panels[f"batches of {size}"] = [row for row in rows if row["batch"] == size]
+    figure = Figure(figsize=(4.6 * len(panels), 3.8), layout="constrained")
+    bars = {}
+    for axes, (name, shown) in zip(figure.subplots(1, len(panels)), panels.items()):
+        for place, method in enumerate(args.methods):
+            bottom, stages_seen = 0.0, set()
+            for row in shown:
+                if row["variant"] != method or row["stage"] in stages_seen:
+                    continue
+                stages_seen.add(row["stage"])
+                for color, part in enumerate(dict.fromkeys([*PARTS.values(), TARGETS, REST])):
+                    bars[part] = axes.bar(place, row.get(part, 0.0), bottom=bottom, color=f"C{color}", width=0.7)
+                    bottom += row.get(part, 0.0)
+        labels = [method.removesuffix("_continuous").removesuffix("_distill") for method in args.methods]
+        axes.set(title=name, ylabel="seconds per 1,000 updates")
+        axes.set_xticks(range(len(labels)), labels)
+        axes.grid(axis="y", alpha=0.3)
+    figure.suptitle(title, fontsize=9)
+    figure.legend(bars.values(), bars.keys(), loc="outside lower center", ncols=5, fontsize=9)
+    figure.savefig(file, dpi=110)
+
+
 def main(args: Args) -> list[dict]:
-    """Measure, print and write the table; returns its rows."""
+    """Measure, print and write the table and the picture; returns the table's rows."""
     for number in (*args.models, *args.batch_sizes, args.rounds):
         common.check(1 <= number <= 10**6, f"--models, --batch-sizes and --rounds must lie in [1, 10^6], not {number}")
+    common.check_range(args, seconds="(0, 1000]")
+    for method in args.methods:
+        common.check(method in METHODS, f"--methods: there is no {method}, but {', '.join(METHODS)}")
     device = common.find_device(args)
-    common.check_writable(Path(args.csv), "--csv")  # now, not after all the measuring
+    picture = Path(args.csv).with_suffix(".png")
+    for file in (Path(args.csv), picture):
+        common.check_writable(file, "--csv")  # now, not after all the measuring
     common.seed_everything(0, True)
     name = torch.cuda.get_device_name() if args.cuda else f"CPU, {torch.get_num_threads()} thread(s)"
     print(f"{name}, {platform.platform()}, Python {platform.python_version()}, torch {torch.__version__}")
@@ -339,8 +528,18 @@ def main(args: Args) -> list[dict]:
 
     for models in args.models:
         for batch_size in args.batch_sizes:
-            report(measure_training(task, models, batch_size, args.rounds, device))
-    report(measure_evaluation(task, args.rounds, device))
+            report(measure_training(task, models, batch_size, args, device))
+    report(measure_evaluation(task, args, device))
+    for method in args.methods:
+        torch.compiler.reset()
+        for batch_size in (None, *args.batch_sizes):
+            own = [row for row in rows if row["what"] == "method" and row["variant"] == method and row["own"]]
+            if not own or any(row["batch"] != batch_size for row in own):
+                report(measure_method(method, task, batch_size, args, device))
+    report(whole_runs(rows))
+    report(measure_acting(task, args, device))
+    if args.methods:
+        draw_methods(rows, args, name, picture)
     columns = list(dict.fromkeys(key for row in rows for key in row))
     common.write_atomically(Path(args.csv), common.to_csv(columns, rows))
     return rows

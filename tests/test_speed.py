@@ -1,6 +1,7 @@
 """Compilation changes the time and nothing else; the measurements measure what they say."""
 
 import csv
+import os
 import subprocess
 import sys
 
@@ -101,24 +102,45 @@ def test_only_long_runs_are_compiled_unless_asked_for(flags, compiled):
 
 
 def test_speed_table(tmp_path):
-    """The command of the README, cut short: every variant is there, and the floor is below the update."""
+    """The command of the README, cut short: every variant and method is there, and the parts belong to their updates."""
     table = tmp_path / "speed.csv"
+    flags = ["--no-cuda", "--models", "1", "--batch-sizes", "32", "--rounds", "1", "--seconds", "0.05", "--csv", table]
     result = subprocess.run(
-        [sys.executable, ROOT / "speed.py", "--no-cuda", "--models", "1", "--batch-sizes", "32", "--rounds", "1", "--csv", table],
+        [sys.executable, ROOT / "speed.py", *flags],
         capture_output=True,
         text=True,
         timeout=300,
+        env=os.environ | {"TORCH_COMPILE_DISABLE": "1"},  # torch.compile then returns what it is given
     )
     assert result.returncode == 0, result.stderr
     with open(table) as file:
-        rows = {(row["what"], row["variant"]): row for row in csv.DictReader(file)}
-    updates = {variant: float(row["per_second"]) for (what, variant), row in rows.items() if what == "updates"}
+        rows = list(csv.DictReader(file))
+    by_name = {(row["what"], row["variant"]): row for row in rows}
+    updates = {variant: float(row["per_second"]) for (what, variant), row in by_name.items() if what == "updates"}
     assert updates.keys() == {"plain", "eager", "compile", "products"}
     assert all(value > 0 for value in updates.values()) and updates["products"] > updates["eager"]
-    assert float(rows["updates", "eager"]["ratio"]) == 1
-    hours = float(rows["updates", "eager"]["hours_to_1050000_updates"])
+    assert float(by_name["updates", "eager"]["ratio"]) == 1
+    hours = float(by_name["updates", "eager"]["hours_to_1050000_updates"])
     assert hours == pytest.approx(1_050_000 / updates["eager"] / 3600, rel=0.01)
-    assert ("environment steps", "eager, 10 in lock-step") in rows and ("actions", "compile, 100 states") in rows
+    assert ("environment steps", "eager, 10 in lock-step") in by_name and ("actions", "compile, 100 states") in by_name
+
+    parts = {"critic", "diffusion or flow model", "policy", "targets"}
+    expected = {"bc": {"policy"}, "iql": parts - {"diffusion or flow model"}, "idql": parts - {"policy"}, "fql": parts}
+    expected |= {"dql": {"critic", "policy", "targets"}, "srpo": parts, "dtql_continuous": parts, "kl_distill": parts}
+    for method, names in expected.items():
+        own, small = ([row for row in rows if row["variant"] == method and row["own"] == own] for own in ("True", "False"))
+        assert {part for row in small for part in parts if row[part]} == names, method
+        assert {row["batch"] for row in small} == {"32"}
+        for row in own + small:
+            assert 0 < float(row["low"]) <= float(row["seconds_per_1000"]) <= float(row["high"])
+        run, acting = by_name["run", method], by_name["acting", method]
+        seconds = sum(float(row["seconds_per_1000"]) * int(row["updates"]) / 1000 for row in own)
+        assert float(run["hours"]) == pytest.approx(seconds / 3600, rel=0.01)
+        assert acting["length"] == "700" and float(acting["seconds_per_trajectory"]) > 0
+    assert by_name["run", "dtql_continuous"]["updates"] == "550000" and by_name["run", "srpo"]["updates"] == "4500000"
+    sizes = {row["stage"]: row["batch"] for row in rows if row["variant"] == "srpo" and row["own"] == "True"}
+    assert sizes == {"denoiser": "2048", "critic": "256", "actor": "256"}
+    assert (tmp_path / "speed.png").stat().st_size > 10_000
 
 
 def test_products_are_counted():
