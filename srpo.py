@@ -4,12 +4,13 @@ Chen et al., 2024. Three phases: a diffusion model clones the data; IQL learns Q
 weighted by noise level, the diffusion model's score at its own action, for which nothing is sampled and nothing differentiated
 through the diffusion model.
 
-It differs from `kl_distill.py` in these points:
+It differs from `idql.py` in these points:
 
-1. The policy is deterministic, so that no second diffusion model has to learn its score.
-2. The diffusion model predicts the noise of a continuous variance-preserving process, with a residual network.
-3. Q is IQL's, by expectile regression on target Qs, and fixed while the policy learns; the policy climbs their mean.
-4. One action is deployed, and no candidates are compared.
+1. A deterministic one-step policy is trained and deployed: one action, no candidates. (`kl_distill.py` has the same idea with a
+   generator, whose score a second diffusion model must learn.) It climbs the mean of the target Qs.
+2. Diffusion model, Q and policy learn one after the other; V learns after Q; the diffusion model has no average.
+3. Noise is a continuous variance-preserving process, not a chain of 5 steps, and nothing is sampled from it.
+4. The diffusion model has Mish and fixed frequencies; the Qs and V have PyTorch's initial weights, V no LayerNorm.
 
 Shapes, for one model: obs (B, S), actions (B, A) in [-1, 1], time (B, 1), noise (B, A), masks (3, B, 256).
 """

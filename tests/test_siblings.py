@@ -1,7 +1,8 @@
 """IDQL, DQL and FQL against closed forms: chains, samplers, losses, what a gradient reaches, settings."""
 
+import difflib
+import inspect
 import math
-import subprocess
 
 import numpy as np
 import pytest
@@ -9,10 +10,15 @@ import torch
 from helpers import ROOT, first, make_agent, make_task, run_script
 
 import dql
+import dtql_continuous
 import fql
 import idql
+import iql
+import kl_distill
 import srpo
 from stacked import detach
+
+MODULES = (dtql_continuous, kl_distill, iql, idql, dql, srpo, fql)
 
 
 def losses_of(agent, network):
@@ -523,10 +529,19 @@ def test_settings_are_the_official_ones():
     assert fql.task_defaults("pen-human-v1")["alpha"] == 10_000 and fql.task_defaults("pen-human-v1")["q_target"] == "min"
 
 
-def test_neighbours_differ_in_what_their_heads_say():
-    """`diff idql.py dql.py` shows the samplers and the uses of Q, not the rest."""
-    diff = subprocess.run(["diff", ROOT / "idql.py", ROOT / "dql.py"], capture_output=True, text=True).stdout
-    assert sum(line[:1] in "<>" for line in diff.splitlines()) < 330
+@pytest.mark.parametrize(
+    ("one", "other", "most"),
+    [("idql", "dql", 325), ("iql", "idql", 285), ("idql", "srpo", 385), ("dtql_continuous", "fql", 490)],
+)
+def test_neighbours_differ_in_what_their_heads_say(one, other, most):
+    """`diff` of two neighbours shows their samplers, losses and uses of Q, not the rest: what they share is the same text."""
+    files = [(ROOT / f"{name}.py").read_text().splitlines() for name in (one, other)]
+    diff = [line for line in difflib.unified_diff(*files, n=0) if line[0] in "+-" and line[:3] not in ("+++", "---")]
+    assert len(diff) < most
+    for name in ("expectile_loss", "add_noise", "xavier"):  # q_target takes the next V or the next Q
+        functions = [inspect.getsource(getattr(module, name)) for module in MODULES if hasattr(module, name)]
+        bodies = {function.partition('"""')[2].partition('"""')[2] for function in functions}
+        assert len(bodies) == 1 or not functions, name
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,9 @@ from helpers import FLAGS, ROOT, assert_same_end, make_agent, make_args, run_scr
 
 import common
 import dtql_continuous as dtql
+import kl_distill
 import speed
+import srpo
 import stacked
 
 # With the shapes and constants of test_math's compiled update: torch then compiles them once
@@ -104,9 +106,10 @@ def test_only_long_runs_are_compiled_unless_asked_for(flags, compiled):
 def test_speed_table(tmp_path):
     """The command of the README, cut short: every variant and method is there, and the parts belong to their updates."""
     table = tmp_path / "speed.csv"
+    methods = ["dtql_continuous", "bc", "iql", "idql", "dql", "srpo", "fql"]  # kl_distill's trajectory takes a minute
     flags = ["--no-cuda", "--models", "1", "--batch-sizes", "32", "--rounds", "1", "--seconds", "0.05", "--csv", table]
     result = subprocess.run(
-        [sys.executable, ROOT / "speed.py", *flags],
+        [sys.executable, ROOT / "speed.py", *flags, "--methods", *methods],
         capture_output=True,
         text=True,
         timeout=300,
@@ -126,7 +129,7 @@ def test_speed_table(tmp_path):
 
     parts = {"critic", "diffusion or flow model", "policy", "targets"}
     expected = {"bc": {"policy"}, "iql": parts - {"diffusion or flow model"}, "idql": parts - {"policy"}, "fql": parts}
-    expected |= {"dql": {"critic", "policy", "targets"}, "srpo": parts, "dtql_continuous": parts, "kl_distill": parts}
+    expected |= {"dql": {"critic", "policy", "targets"}, "srpo": parts, "dtql_continuous": parts}
     for method, names in expected.items():
         own, small = ([row for row in rows if row["variant"] == method and row["own"] == own] for own in ("True", "False"))
         assert {part for row in small for part in parts if row[part]} == names, method
@@ -141,6 +144,26 @@ def test_speed_table(tmp_path):
     sizes = {row["stage"]: row["batch"] for row in rows if row["variant"] == "srpo" and row["own"] == "True"}
     assert sizes == {"denoiser": "2048", "critic": "256", "actor": "256"}
     assert (tmp_path / "speed.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize("module", [dtql, kl_distill, srpo])
+def test_the_parts_of_an_update_are_its_steps(module):
+    """Recording an update changes nothing; its parts, made once each, are the update."""
+    agents = [make_agent(module=module) for _ in range(2)]
+    (_, update, _), (_, whole, _) = (speed.stages(agent)[-1] for agent in agents)
+    params = lambda agent: [param for network in agent.models.params.values() for param in network.values()]
+    before = [param.clone() for param in params(agents[0])]
+    torch.manual_seed(0)
+    whole()
+    torch.manual_seed(0)
+    parts = speed.parts_of(agents[0], update)
+    assert all(map(torch.equal, params(agents[0]), before))
+    for part in parts.values():
+        part()
+    assert all(map(torch.equal, params(agents[0]), params(agents[1])))
+    assert not all(map(torch.equal, params(agents[0]), before))
+    expected = {"policy"} if module is srpo else {"critic", "policy", "targets", "diffusion or flow model"}
+    assert parts.keys() == expected
 
 
 def test_products_are_counted():
