@@ -52,7 +52,8 @@ def task_defaults(env_id: str) -> dict[str, Any]:
     if env_id in data.POINTMAZES:
         epochs = {"dtql/pointmaze-medium-v0": 8, "dtql/pointmaze-large-v0": 14}.get(env_id)  # as many updates as DTQL's
         return {} if epochs is None else dict(epochs=epochs, eval_every=epochs // 4, batch_size=64)
-    return dict(epochs=1000, eval_episodes=100 if data.domain(env_id) in ("antmaze", "pen", "kitchen") else 10)
+    episodes = 100 if data.domain(env_id) in ("antmaze", "pen", "kitchen") else 10
+    return dict(epochs=1000, eval_episodes=episodes) | data.ogbench_defaults(env_id)
 
 
 def check_args(args: Args) -> None:
@@ -264,7 +265,7 @@ def main(args: Args) -> dict[str, Any]:
     """Train and evaluate. Returns the run's folder and the rows of its eval.csv; raises UserError for bad input."""
     check_args(args)
     device = common.find_device(args)
-    task = data.load_task(args.env_id)
+    task = data.task_of(args)
     envs = common.make_lockstep_envs(task, args)
     common.seed_everything(args.seed, args.torch_deterministic)
     agent = BC(args, task, device)

@@ -35,7 +35,7 @@ from common import UserError, check
 
 METHODS = ("dtql_continuous", "kl_distill", "bc", "iql", "idql", "dql", "srpo", "fql")
 SUITE_FILE = "suite.json"
-SHARED_VARIABLES = ("D4RL_DATASET_DIR", "D4RL_BASE_URL", "MINARI_DATASETS_PATH")
+SHARED_VARIABLES = ("D4RL_DATASET_DIR", "D4RL_BASE_URL", "MINARI_DATASETS_PATH", "OGBENCH_DATASET_DIR", "OGBENCH_BASE_URL")
 
 
 @dataclass
@@ -43,7 +43,7 @@ class Args:
     """Train and evaluate methods x tasks x seeds and write their report. Flags behind `--` go to the scripts."""
 
     tasks: tuple[str, ...] = ("pointmaze",)
-    """ids, or the groups pointmaze, gym, antmaze, antmaze-v2, adroit, kitchen, paper (Table 1: gym antmaze adroit kitchen)"""
+    """ids, groups: pointmaze, gym, antmaze, antmaze-v2, adroit, kitchen, ogbench, paper (Table 1: gym antmaze adroit kitchen)"""
     methods: tuple[str, ...] = METHODS
     """scripts, without .py"""
     num_seeds: int = 3
@@ -108,7 +108,7 @@ def expand_tasks(names: Sequence[str]) -> list[str]:
     for name in names:
         if name not in report.GROUPS:
             try:
-                data.d4rl_id(name)
+                data.check_id(name)
             except UserError as error:
                 raise UserError(f"{error}; groups are {', '.join(report.GROUPS)}") from None
         tasks += report.GROUPS.get(name, [name])

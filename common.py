@@ -60,7 +60,14 @@ class Args:
     """The arguments of every script; a script adds those of its method."""
 
     env_id: str = "dtql/pointmaze-umaze-v0"
-    """D4RL id (hopper-medium-v2) or Minari id (with a slash); the default is a demo that collects its own data"""
+    """D4RL id (hopper-medium-v2), Minari id (with a slash) or OGBench id (with singletask); with --data any registered Gymnasium
+    id, or none. The default is a demo that collects its own data"""
+    data: Annotated[str | None, tyro.conf.arg(metavar="FILE")] = None
+    """your own transitions, HDF5 or npz (docs/tasks.md); without --env-id they are trained on and not evaluated"""
+    action_low: tuple[float, ...] | None = None
+    """lower bound of the actions in --data where there is no environment, one number or one for each; by default the data's"""
+    action_high: tuple[float, ...] | None = None
+    """upper bound"""
     seed: int = 0
     """seed of the first model; model i has seed + i"""
     num_seeds: int = 1
@@ -136,11 +143,12 @@ def parse_args(cls: type, task_defaults: Callable[[str], dict[str, Any]], argv: 
     from the other arguments. With `--resume RUN_DIR` the defaults are the settings of that run. Exits with status 2 and
     one line on stderr if the arguments cannot be parsed.
     """
-    first = dataclasses.make_dataclass("First", [("env_id", str, cls.env_id), ("resume", str | None, None)])
-    given, _ = cli(first, argv, return_unknown_args=True, add_help=False)
+    fields = [(name, str | None, None) for name in ("env_id", "data", "resume")]
+    given, _ = cli(dataclasses.make_dataclass("First", fields), argv, return_unknown_args=True, add_help=False)
     resumed = given.resume is not None
-    settings = _resumed_settings(cls, given.resume) if resumed else task_defaults(given.env_id)
-    settings = {"env_id": given.env_id, **settings, "resume": given.resume}
+    env_id = given.env_id if given.env_id is not None else cls.env_id if given.data is None else ""
+    settings = _resumed_settings(cls, given.resume) if resumed else task_defaults(env_id)
+    settings = {"env_id": env_id, **settings, "resume": given.resume}
     if resumed:
         return cli(cls, argv, default=cls(**settings))
     # Twice, because --help should show what follows from the task, and what is given changes what follows
@@ -227,7 +235,8 @@ class _Shard:
     def __init__(self, make_env: Callable[[], gym.Env], seeds: Sequence[int]):
         self.envs = [make_env() for _ in seeds]
         # What is drawn once per instance (AntMaze v0's goal) must not depend on when a run was resumed
-        self.reset(range(len(seeds)), seeds)
+        if self.envs:
+            self.reset(range(len(seeds)), seeds)
 
     def reset(self, indices: Sequence[int], seeds: Sequence[int]) -> tuple[np.ndarray]:
         return (np.stack([self.envs[index].reset(seed=int(seed))[0] for index, seed in zip(indices, seeds)]),)
@@ -342,7 +351,7 @@ MAX_COPIES = 64
 
 def make_lockstep_envs(task: Any, args: Args) -> LockstepEnvs:
     """The copies in which a run is evaluated."""
-    copies = min(args.num_seeds * args.eval_episodes, MAX_COPIES)
+    copies = min(args.num_seeds * args.eval_episodes, MAX_COPIES) if task.make_env else 0
     return LockstepEnvs(task.make_env, np.random.SeedSequence(args.seed).generate_state(copies))
 
 
@@ -523,15 +532,21 @@ def settings_from(cls: type, saved: Any, place: str) -> dict[str, Any]:
     hints = typing.get_type_hints(cls)
     check(isinstance(saved, dict) and saved.keys() == hints.keys(), f"{place}: the settings there are not this script's")
     for name, hint in hints.items():
-        value = saved[name]
-        allowed = typing.get_args(hint)  # of a Literal its values, of a union its types
-        if typing.get_origin(hint) is typing.Literal:
-            fits = value in allowed
-        else:
-            kinds = tuple(kind for kind in (allowed or (hint,)))
-            fits = type(value) in kinds or float in kinds and type(value) is int
-        check(fits, f"{place}: {name} = {value!r} there is impossible; put back the file that the run wrote")
-    return dict(saved)
+        wrong = f"{place}: {name} = {saved[name]!r} there is impossible; put back the file that the run wrote"
+        check(_fits(saved[name], hint), wrong)
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in saved.items()}
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a saved value is of the type that an argument has."""
+    origin, inside = typing.get_origin(hint), typing.get_args(hint)
+    if origin is typing.Literal:
+        return value in inside
+    if origin is tuple:
+        return isinstance(value, (list, tuple)) and all(_fits(element, inside[0]) for element in value)
+    if inside:  # a union
+        return any(_fits(value, kind) for kind in inside)
+    return type(value) is hint or hint is float and type(value) is int
 
 
 def open_checkpoint(file: str | Path, device: torch.device | str = "cpu") -> dict[str, Any]:
@@ -623,6 +638,7 @@ class Run:
         (K,) by name, which add up over updates.
         """
         self.args, self.learner, self.score_name, self.device = args, learner, task.score_name, device
+        self.evaluates = task.make_env is not None
         self.exp_name, self.total_steps = Path(script).stem, args.total_steps
         self.spaces = {
             "obs_dim": task.obs.shape[1],
@@ -639,7 +655,7 @@ class Run:
             self._lock()
             self._resume(config, data)
         else:
-            self.dir = _create_run_dir(args.run_dir, args.env_id, self.exp_name, args.seed)
+            self.dir = _create_run_dir(args.run_dir, args.env_id or Path(args.data).stem, self.exp_name, args.seed)
             try:
                 self._lock()
                 self._begin(script, data)
@@ -651,8 +667,10 @@ class Run:
         print(f"{self.dir}: {args.num_seeds} model(s), {len(task.obs):,} transitions from {task.origin}, on {device}")
 
     def _begin(self, script: str, data: dict[str, Any]) -> None:
-        packages = ("numpy", "gymnasium", "gymnasium-robotics", "mujoco", "minari")
-        versions = {package: importlib.metadata.version(package) for package in packages}
+        packages, versions = ("numpy", "gymnasium", "gymnasium-robotics", "mujoco", "minari", "ogbench"), {}
+        for package in packages:
+            with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # ogbench is needed for its tasks only
+                versions[package] = importlib.metadata.version(package)
         name = torch.cuda.get_device_name() if self.device.type == "cuda" else f"{platform.machine()} CPU"
         config = {
             "format": FORMAT,
@@ -773,7 +791,8 @@ class Run:
     def evaluation_due(self) -> bool:
         """Whether an evaluation belongs here and has not been done: every so many training epochs and at the end."""
         due = (
-            self.step % self.args.steps_per_epoch == 0
+            self.evaluates
+            and self.step % self.args.steps_per_epoch == 0
             and self.epoch >= 0
             and (self.step == self.total_steps or self.epoch > 0 and self.epoch % self.args.eval_every == 0)
         )
@@ -916,13 +935,16 @@ class Run:
 
     def summary(self) -> dict[str, Any]:
         """Print the closing line; returns the folder and the rows of eval.csv."""
+        ended = f"{self.args.num_seeds} model(s), {self.train_seconds / 60:.1f} min of training, {self.dir}"
+        if not self.evaluates:
+            print(f"{self.args.data}: trained without an environment, so without a score; {ended}")
+            return {"run_dir": str(self.dir), "rows": self.rows}
         epochs = sorted({row["epoch"] for row in self.rows})
         by_epoch = {epoch: [row for row in self.rows if row["epoch"] == epoch] for epoch in epochs}
         best = max(epochs, key=lambda epoch: np.mean([row["score_mean"] for row in by_epoch[epoch]]))
         print(
             f"{self.args.env_id}: {self.score_name} {_mean_and_spread(by_epoch[epochs[-1]])} (last), "
-            f"{_mean_and_spread(by_epoch[best])} (best, epoch {best}); {self.args.num_seeds} model(s), "
-            f"{self.train_seconds / 60:.1f} min of training, {self.dir}"
+            f"{_mean_and_spread(by_epoch[best])} (best, epoch {best}); {ended}"
         )
         return {"run_dir": str(self.dir), "rows": self.rows}
 

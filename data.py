@@ -1,16 +1,16 @@
-"""Tasks: D4RL's files, Minari's data sets and a demo that collects its own data, each with its environment and its score."""
+"""Tasks, each with its data, its environment and its score: D4RL's files, Minari's data sets, OGBench's single tasks, a file of
+your own, and mazes that collect their own data."""
 
 import contextlib
 import difflib
 import functools
-import http.client
 import os
 import re
 import shutil
 import tempfile
-import urllib.request
+import zipfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,6 +20,7 @@ import numpy as np
 
 import common
 import d4rl_tasks
+import download
 from common import UserError, check, line, progress_bar
 
 gym.logger.min_level = gym.logger.ERROR  # its warnings concern environments that no task here uses
@@ -39,7 +40,7 @@ class Task(NamedTuple):
     rewards: np.ndarray
     terminals: np.ndarray  # 1 where the episode really ended (no bootstrapping), else 0
     next_obs: np.ndarray
-    make_env: Callable[[], gym.Env]  # flat observations, action space (A,)
+    make_env: Callable[[], gym.Env] | None  # flat observations, action space (A,); None where there is no environment
     score: Callable[[np.ndarray], np.ndarray]  # returns (n,) -> scores (n,)
     score_name: str
     sparse_goal: bool  # the reward is 1 at the goal, where the episode ends, and 0 elsewhere
@@ -72,26 +73,47 @@ class Task(NamedTuple):
 
 
 def d4rl_id(env_id: str) -> str | None:
-    """The D4RL task of an id: itself, for a Minari id the D4RL task that it is nearest to, or None.
+    """The D4RL task of an id: itself, for a Minari id the D4RL task that it is nearest to, or None."""
+    if "/" in env_id:
+        return next((name for name, task in d4rl_tasks.TASKS.items() if task.minari == env_id), None)
+    return env_id if env_id in d4rl_tasks.TASKS else None
 
-    Raises UserError for an id that is neither D4RL's nor Minari's.
-    """
+
+def check_id(env_id: str) -> None:
+    """Raise UserError for an id that is none of D4RL's, Minari's or OGBench's single tasks."""
     if "/" in env_id:
         check(re.search(r"-v\d+$", env_id) is not None, f"unknown task {env_id}: a Minari id ends in its version, like -v2")
-        return next((name for name, task in d4rl_tasks.TASKS.items() if task.minari == env_id), None)
-    near = difflib.get_close_matches(env_id, d4rl_tasks.TASKS, 3)
-    hint = f"did you mean {' or '.join(near)}?" if near else f"D4RL ids look like {next(iter(d4rl_tasks.TASKS))}."
-    check(env_id in d4rl_tasks.TASKS, f"unknown task {env_id}: {hint} Minari ids contain a slash")
-    return env_id
+    elif d4rl_id(env_id) is None and not is_ogbench(env_id):
+        check(
+            re.match("visual-|powderworld-|.*(singletask|oraclerep|-navigate-|-stitch-|-explore-|-noisy-|-play-v0)", env_id)
+            is None,
+            f"unknown task {env_id}: of OGBench there are state-based single tasks, like antmaze-large-navigate-singletask-v0 "
+            "or cube-single-play-singletask-task2-v0",
+        )
+        near = difflib.get_close_matches(env_id, d4rl_tasks.TASKS, 3)
+        hint = f"did you mean {' or '.join(near)}?" if near else f"D4RL ids look like {next(iter(d4rl_tasks.TASKS))}."
+        raise UserError(f"unknown task {env_id}: {hint} Minari ids contain a slash")
+
+
+def task_of(args: common.Args) -> Task:
+    """The task that the arguments name: `--data`, or else `--env-id`. Raises UserError as `load_task` does."""
+    if args.data is not None:
+        return _check_and_scale(_load_own(Path(args.data), args.env_id, args.action_low, args.action_high))
+    bounds = args.action_low is None and args.action_high is None
+    check(bounds, f"--action-low and --action-high belong to --data: {args.env_id} has bounds of its own")
+    return load_task(args.env_id)
 
 
 def load_task(env_id: str) -> Task:
-    """Load a D4RL id (D4RL's file and environment) or an id with a slash (Minari's data and its own environment).
+    """Load a D4RL id (D4RL's file and environment), OGBench's or an id with a slash (Minari's data and its own environment).
 
     Raises UserError for an unknown id and for data that is missing, broken or does not fit the environment.
     """
+    check_id(env_id)
     if d4rl_id(env_id) == env_id:
         return _check_and_scale(_load_d4rl(env_id))
+    if is_ogbench(env_id):
+        return _check_and_scale(_load_ogbench(env_id))
     with _temporary_files_removed():
         return _check_and_scale(_load_minari(env_id))
 
@@ -104,27 +126,29 @@ def _check_and_scale(task: Task) -> Task:
             bool(np.isfinite(getattr(task, name)).all()),
             f"{task.origin} holds NaN or infinite {name}: repair the data or fetch it again",
         )
-    env = task.make_env()
-    obs_dim, space = env.observation_space.shape[0], env.action_space
-    env.close()
-    check(
-        task.obs.shape[1] == obs_dim and task.actions.shape[1] == space.shape[0],
-        f"{task.origin} has observations of size {task.obs.shape[1]} and actions of size {task.actions.shape[1]}, its "
-        f"environment {obs_dim} and {space.shape[0]}: this is data of another task",
-    )
-    actions = 2 * (task.actions - space.low) / (space.high - space.low) - 1
+    if task.make_env is None:
+        low, high = task.action_low, task.action_high
+    else:
+        env = task.make_env()
+        obs_dim, (low, high) = env.observation_space.shape[0], (env.action_space.low, env.action_space.high)
+        env.close()
+        check(
+            task.obs.shape[1] == obs_dim and task.actions.shape[1] == len(low),
+            f"{task.origin} has observations of size {task.obs.shape[1]} and actions of size {task.actions.shape[1]}, its "
+            f"environment {obs_dim} and {len(low)}: this is data of another task",
+        )
+    actions, whose = 2 * (task.actions - low) / (high - low) - 1, "the given" if task.make_env is None else "the environment's"
     check(
         bool((np.abs(actions) <= 1 + 1e-4).all()),
-        f"{task.origin} has actions outside the environment's bounds: repair the data or fetch it again",
+        f"{task.origin} has actions outside {whose} bounds: repair the data or fetch it again",
     )
-    return task._replace(actions=actions.clip(-1, 1).astype(np.float32), action_low=space.low, action_high=space.high)
+    return task._replace(actions=actions.clip(-1, 1).astype(np.float32), action_low=low, action_high=high)
 
 
 def domain(env_id: str) -> str:
-    """The family of the D4RL task that `env_id` is or is nearest to: locomotion, antmaze, pen, kitchen, or "" for none.
-
-    Raises UserError for an unknown id.
-    """
+    """The family of the D4RL task that `env_id` is or is nearest to: locomotion, antmaze, pen, kitchen; ogbench; "" for none."""
+    if is_ogbench(env_id):
+        return "ogbench"
     name = (d4rl_id(env_id) or "").split("-")[0]
     return "locomotion" if name in ("halfcheetah", "hopper", "walker2d") else name
 
@@ -159,6 +183,14 @@ def _check_env(env: gym.Env, name: str) -> gym.Env:
     return env
 
 
+KEYS = {"observations": 2, "actions": 2, "rewards": 1, "terminals": 1}  # of a file of transitions, with their dimensions
+
+
+def _read_hdf5(file: Path, keys: Sequence[str]) -> dict[str, np.ndarray]:
+    with h5py.File(file) as data:
+        return {key: np.asarray(data[key][:]) for key in keys if data.get(key, getlink=True) is not None}
+
+
 def d4rl_transitions(file: Path, limit: int) -> dict[str, np.ndarray]:
     """Transitions of a D4RL HDF5 file, exactly those of d4rl's `qlearning_dataset`, float32.
 
@@ -167,18 +199,14 @@ def d4rl_transitions(file: Path, limit: int) -> dict[str, np.ndarray]:
     Raises UserError if the file is not HDF5, cut off, lacks a key, or if the keys disagree in length.
     """
     try:
-        with h5py.File(file) as data:
-            keys = {"observations": 2, "actions": 2, "rewards": 1, "terminals": 1}
-            arrays = {key: np.asarray(data[key][:]) for key in (*keys, "timeouts") if data.get(key, getlink=True) is not None}
-            for key, array in arrays.items():
-                check(array.dtype.kind in "buif", f"{file}: {key} are not numbers ({array.dtype}): this is not D4RL's format")
-    except UserError:
-        raise
+        arrays = _read_hdf5(file, (*KEYS, "timeouts"))
     except Exception as error:  # h5py raises many kinds on wrong bytes
         raise UserError(f"{file} is not a complete HDF5 file ({line(error)[:200]}): delete it to download it again") from None
-    missing = [key for key in keys if key not in arrays]
+    missing = [key for key in KEYS if key not in arrays]
     check(not missing, f"{file} lacks the key(s) {', '.join(missing)}: delete it to download it again")
-    for key, dimensions in keys.items():
+    for key, array in arrays.items():
+        check(array.dtype.kind in "buif", f"{file}: {key} are not numbers ({array.dtype}): this is not D4RL's format")
+    for key, dimensions in KEYS.items():
         check(
             arrays[key].ndim == dimensions and len(arrays[key]) == len(arrays["observations"]),
             f"{file}: {key} has shape {arrays[key].shape}, which does not fit observations "
@@ -218,53 +246,47 @@ def _folder(variable: str, below_home: str) -> Path:
         raise UserError(f"there is no home folder here: name a folder for the data in {variable}") from None
 
 
+D4RL_SOURCES = ("http://rail.eecs.berkeley.edu/datasets/offline_rl/",)
+OGBENCH_SOURCES = (
+    "https://rail.eecs.berkeley.edu/datasets/ogbench/",
+    "https://huggingface.co/datasets/zhouzypaul/ogbench_datasets/resolve/main/",
+)
+
+
+def _fetch(variable: str, sources: Sequence[str], path: str, file: Path, advice: str, check_file: Callable[[Path], None]) -> None:
+    """Make sure that `file` is there: from the address in an environment variable, which comes first, or another source."""
+    if file.exists():
+        download.verify_later(file)
+        return
+    bases = [base for base in (os.environ.get(variable), *sources) if base]
+    download.fetch([f"{base.rstrip('/')}/{path}" for base in bases], file, advice, check_file)
+
+
 def _make_d4rl_env(env_id: str) -> gym.Env:
     return gym.make(gym.spec(f"d4rl/{env_id}"))  # a spec, because gym.make(id) warns that v2 is newer than v0
+
+
+def _normalised(row: d4rl_tasks.D4RLTask, returns: np.ndarray) -> np.ndarray:
+    return 100 * (returns - row.min_score) / (row.max_score - row.min_score)
 
 
 def _load_d4rl(env_id: str) -> Task:
     row = d4rl_tasks.TASKS[env_id]
     folder = _folder("D4RL_DATASET_DIR", ".d4rl/datasets")
     file = folder / row.file
-    if not file.exists():
-        base = os.environ.get("D4RL_BASE_URL", "http://rail.eecs.berkeley.edu/datasets/offline_rl/")
-        near = f"; the nearest Minari data set, {row.minari}, is different data" if row.minari else ""
-        download(f"{base.rstrip('/')}/{row.path}", file, f"{env_id}: put {row.file} into {folder}{near}")
+    near = f"; the nearest Minari data set, {row.minari}, is different data" if row.minari else ""
+    advice = f"{env_id}: put {row.file} into {folder}{near}"
+    _fetch("D4RL_BASE_URL", D4RL_SOURCES, row.path, file, advice, lambda part: h5py.File(part).close())
     return Task(
         **d4rl_transitions(file, row.limit),
         make_env=functools.partial(_make_d4rl_env, env_id),
-        score=lambda returns: 100 * (returns - row.min_score) / (row.max_score - row.min_score),
+        score=functools.partial(_normalised, row),
         score_name="D4RL normalised score",
         sparse_goal=env_id.startswith("antmaze"),
         origin=str(file),
         action_low=None,  # these are filled in where the data is checked against the environment
         action_high=None,
     )
-
-
-def download(url: str, file: Path, advice: str) -> None:
-    """Fetch an HDF5 file with a progress bar. `file` appears only when it is complete and readable.
-
-    Raises UserError, ending in `advice`, if the server cannot be reached or sends something else.
-    """
-    part = file.with_name(f"{file.name}.{os.getpid()}.part")
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with urllib.request.urlopen(url, timeout=30) as response, open(part, "wb") as target:
-            size = int(response.headers.get("Content-Length", 0))
-            with progress_bar(total=size or None, unit="B", unit_scale=True, desc=file.name, disable=None) as progress:
-                while chunk := response.read(1 << 20):
-                    target.write(chunk)
-                    progress.update(len(chunk))
-        if size and part.stat().st_size != size:
-            raise OSError(f"{part.stat().st_size} of {size} bytes arrived")
-        h5py.File(part).close()
-        part.replace(file)
-    # URLError, timeouts and "not HDF5" are OSErrors; what is no HTTP, or no address, is one of the others
-    except (OSError, ValueError, http.client.HTTPException) as error:
-        raise UserError(f"cannot download {url} ({line(error)[:200]}). {advice}") from None
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def _load_minari(env_id: str) -> Task:
@@ -389,6 +411,228 @@ def _flatten(space: gym.Space, rows: Any) -> np.ndarray:
     if isinstance(space, gym.spaces.Box):
         return np.asarray(rows).reshape(len(rows), -1)
     return np.stack([gym.spaces.flatten(space, row) for row in rows])
+
+
+# ---- OGBench: state-based single tasks (Park et al. 2025) --------------------------------------------------------------
+
+_OGBENCH = re.compile(
+    r"((?!visual-)(?:antmaze|humanoidmaze|pointmaze|antsoccer|cube|scene|puzzle)(?:-(?!\w*oraclerep)\w+)*?)"
+    r"-(navigate|stitch|explore|play|noisy)-singletask(-task[1-5])?-v0"
+)
+
+
+def is_ogbench(env_id: str) -> bool:
+    """Whether this is the id of one of OGBench's state-based single tasks."""
+    return _OGBENCH.fullmatch(env_id) is not None
+
+
+def discount(env_id: str) -> float:
+    """0.99; 0.995 for OGBench's long tasks, as in FQL's official settings."""
+    return 0.995 if is_ogbench(env_id) and re.search("giant|humanoidmaze|antsoccer", env_id) else 0.99
+
+
+def ogbench_defaults(env_id: str) -> dict[str, int]:
+    """What FQL's evaluation on OGBench fixes: a million updates, 50 episodes every 100,000. Empty for other tasks."""
+    return dict(epochs=1000, eval_every=100, eval_episodes=50) if is_ogbench(env_id) else {}
+
+
+class OGBenchEnv(gym.Wrapper):
+    """An OGBench task whose reward is 1 where it is solved, which ends the episode, and that is as random as its seed.
+
+    The mazes draw from numpy's global state, teleporting ones in their steps too: each copy has a state of its own.
+    """
+
+    def __init__(self, env: gym.Env):
+        super().__init__(env)
+        self.random_state = np.random.RandomState(0).get_state()
+
+    @contextlib.contextmanager
+    def _own_randomness(self) -> Iterator[None]:
+        outside = np.random.get_state()
+        np.random.set_state(self.random_state)
+        try:
+            yield
+        finally:
+            self.random_state = np.random.get_state()
+            np.random.set_state(outside)
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[np.ndarray, dict[str, Any]]:
+        if seed is not None:
+            self.random_state = np.random.RandomState(seed).get_state()
+            self.action_space.seed(seed)
+        with self._own_randomness():
+            return self.env.reset(seed=seed, options=options)
+
+    def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
+        with self._own_randomness():
+            obs, _, terminated, truncated, info = self.env.step(action)
+        solved = bool(info["success"])
+        return obs, float(solved), terminated or solved, truncated, info
+
+
+def _make_ogbench_env(gym_id: str) -> gym.Env:
+    if not os.environ.get("DISPLAY"):
+        os.environ.setdefault("MUJOCO_GL", "disabled")  # nothing is drawn, and GLFW would complain
+    try:
+        import ogbench  # noqa: F401  registers the environments
+    except ImportError:
+        raise UserError(f"{gym_id} needs ogbench: pip install -r requirements.txt") from None
+    try:
+        return OGBenchEnv(_check_env(gym.make(gym_id), gym_id))
+    except gym.error.UnregisteredEnv as error:
+        raise UserError(f"OGBench has no {gym_id} ({line(error)[:100]}): see its list of environments") from None
+
+
+def _load_ogbench(env_id: str) -> Task:
+    name, kind, number = _OGBENCH.fullmatch(env_id).groups()
+    gym_id, file_name = f"{name}-singletask{number or ''}-v0", f"{name}-{kind}-v0.npz"
+    make_env = functools.partial(_make_ogbench_env, gym_id)
+    env = make_env()
+    import ogbench.relabel_utils
+
+    folder = _folder("OGBENCH_DATASET_DIR", ".ogbench/data")
+    file = folder / file_name
+    advice = f"{env_id}: put {file_name} into {folder}"
+    _fetch("OGBENCH_BASE_URL", OGBENCH_SOURCES, file_name, file, advice, lambda part: np.load(part).close())
+    try:
+        arrays = ogbench.utils.load_dataset(str(file), add_info=True)
+        ogbench.relabel_utils.relabel_dataset(gym_id, env, arrays)
+    except Exception as error:  # numpy and zipfile raise many kinds on wrong bytes
+        raise UserError(f"{file} is not a complete OGBench file ({line(error)[:200]}): delete it to download it again") from None
+    finally:
+        env.close()
+    columns = ("observations", "actions", "rewards", "masks", "next_observations")
+    obs, actions, rewards, masks, next_obs = (np.asarray(arrays[column], np.float32) for column in columns)
+    same = len(obs) == len(actions) == len(rewards) == len(masks) == len(next_obs) and obs.ndim == actions.ndim == 2
+    check(same, f"{file}: its columns differ in length or dimensions: delete it to download it again")
+    return Task(
+        obs,
+        actions,
+        rewards,
+        1 - masks,  # not `terminals`, which end trajectories without ending the task
+        next_obs,
+        make_env,
+        score=lambda returns: 100 * returns,
+        score_name="success rate",
+        sparse_goal=False,  # its rewards are -1 and 0 already, or minus the number of subgoals left
+        origin=str(file),
+        action_low=None,
+        action_high=None,
+    )
+
+
+# ---- your own data -----------------------------------------------------------------------------------------------------
+
+
+def _load_own(file: Path, env_id: str, action_low: Sequence[float] | None, action_high: Sequence[float] | None) -> Task:
+    """A file of transitions, HDF5 or npz, with the environment `env_id`, or without one if that is empty.
+
+    Raises UserError for what cannot be read, and for what can be read in two ways, with the question that is open.
+    """
+    arrays = _own_arrays(file)
+    obs, actions = arrays["observations"].astype(np.float32), arrays["actions"].astype(np.float32)
+    terminals = arrays["terminals"].astype(bool)
+    if "next_observations" in arrays:
+        rows, next_obs = np.arange(len(obs)), arrays["next_observations"].astype(np.float32)
+    else:  # the next row, but for the last of a trajectory, which can only be kept if nothing follows it
+        cut = arrays["timeouts"].astype(bool) if "timeouts" in arrays else np.zeros(len(obs), bool)
+        rows = np.flatnonzero(~cut & (terminals | (np.arange(len(obs)) < len(obs) - 1)))
+        next_obs = obs[np.minimum(np.arange(len(obs)) + 1, len(obs) - 1)]
+    bounds, row, make_env = (None, None), d4rl_tasks.TASKS.get(env_id), None
+    if env_id:
+        given = action_low is not None or action_high is not None
+        check(not given, f"--action-low and --action-high are for --data without an environment: {env_id} has its own bounds")
+        make_env = functools.partial(_make_d4rl_env if row else _make_registered_env, env_id)
+        try:
+            make_env().close()
+        except gym.error.Error as error:
+            raise UserError(f"--env-id {env_id} with --data must be a registered Gymnasium id ({line(error)[:200]})") from None
+    else:
+        bounds = _own_bounds(file, actions, action_low, action_high)
+    return Task(
+        obs[rows],
+        actions[rows],
+        arrays["rewards"].astype(np.float32)[rows],
+        terminals.astype(np.float32)[rows],
+        next_obs[rows],
+        make_env,
+        score=functools.partial(_normalised, row) if row else lambda returns: returns,
+        score_name="D4RL normalised score" if row else "return",
+        sparse_goal=row is not None and env_id.startswith("antmaze"),
+        origin=str(file),
+        action_low=bounds[0],
+        action_high=bounds[1],
+    )
+
+
+def _make_registered_env(env_id: str) -> gym.Env:
+    return _check_env(gym.make(env_id), env_id)
+
+
+def _own_arrays(file: Path) -> dict[str, np.ndarray]:
+    keys = {**KEYS, "timeouts": 1, "next_observations": 2}
+    check(file.is_file(), f"--data {file}: there is no such file; give an HDF5 or npz file with {', '.join(KEYS)}")
+    try:
+        if zipfile.is_zipfile(file):
+            with np.load(file) as source:
+                arrays = {key: source[key] for key in keys if key in source}
+        else:
+            arrays = _read_hdf5(file, list(keys))
+    except Exception as error:  # h5py, numpy and zipfile raise many kinds on wrong bytes
+        raise UserError(f"--data {file} is no complete HDF5 or npz file ({line(error)[:200]}): save it again") from None
+    missing = [key for key in KEYS if key not in arrays]
+    check(not missing, f"--data {file} lacks {', '.join(missing)}: save the columns {', '.join(KEYS)}")
+    for key, array in arrays.items():
+        check(array.dtype.kind in "buif", f"--data {file}: {key} are not numbers ({array.dtype}): save them as float32")
+        if keys[key] == 1 and array.ndim == 2 and array.shape[1] == 1:
+            array = arrays[key] = array[:, 0]
+        question = "is a row one number, or one of a series? Save it as (N, 1)" if array.ndim == 1 else "flatten each row"
+        check(array.ndim == keys[key], f"--data {file}: {key} have shape {array.shape}, not {keys[key]} dimension(s): {question}")
+        number = len(arrays["observations"])
+        check(len(array) == number, f"--data {file}: {number} observations and {len(array)} {key}: which belong together?")
+    check(
+        arrays["actions"].dtype.kind == "f",
+        f"--data {file}: actions are {arrays['actions'].dtype}: are they discrete? Continuous ones are float32",
+    )
+    for key in arrays.keys() & {"terminals", "timeouts"}:
+        check(bool(np.isin(arrays[key], (0, 1)).all()), f"--data {file}: {key} hold something else than 0 and 1")
+    if "next_observations" in arrays:
+        shapes = arrays["observations"].shape, arrays["next_observations"].shape
+        check(
+            shapes[0] == shapes[1], f"--data {file}: observations {shapes[0]} and next_observations {shapes[1]} differ in shape"
+        )
+    ends = arrays["terminals"].astype(bool)
+    if "timeouts" in arrays:
+        both = int((ends & arrays["timeouts"].astype(bool)).sum())
+        check(both == 0, f"--data {file}: {both} row(s) are terminal and timeout: did the task end there, or only the recording?")
+    elif "next_observations" not in arrays:
+        check(
+            bool(ends.any()),
+            f"--data {file}: no row is terminal and there are neither timeouts nor next_observations: where does a trajectory "
+            "end? Add timeouts with 1 in the last row of each",
+        )
+    return arrays
+
+
+def _own_bounds(
+    file: Path, actions: np.ndarray, low: Sequence[float] | None, high: Sequence[float] | None
+) -> tuple[np.ndarray, np.ndarray]:
+    check((low is None) == (high is None), "--action-low and --action-high belong together: give both, or none")
+    size = actions.shape[1]
+    if low is None:
+        low, high = actions.min(0, initial=np.inf), actions.max(0, initial=-np.inf)
+        constant = [str(i) for i in range(size) if low[i] == high[i]]
+        check(
+            not constant,
+            f"--data {file}: action(s) {', '.join(constant)} never change: what are the bounds? Give --action-low, --action-high",
+        )
+        show = lambda bound: " ".join(f"{value:g}" for value in bound)
+        print(f"action bounds are the range of {file}: --action-low {show(low)} --action-high {show(high)}")
+    for flag, bound in (("--action-low", low), ("--action-high", high)):
+        check(len(bound) in (1, size), f"{flag} has {len(bound)} numbers, an action {size}: give one for all, or one for each")
+    low, high = (np.broadcast_to(np.asarray(bound, np.float32), size).copy() for bound in (low, high))
+    check(bool((low < high).all() and np.isfinite(high - low).all()), "--action-low must lie below --action-high, both finite")
+    return low, high
 
 
 # ---- mazes that collect their own data ---------------------------------------------------------------------------------

@@ -100,8 +100,9 @@ def task_defaults(env_id: str) -> dict[str, Any]:
         epochs=epochs,
         max_norm=float(max_norm),
         batch_size=256,
+        gamma=data.discount(env_id),
         eval_episodes=100 if domain in ("antmaze", "pen", "kitchen") else 10,
-    )
+    ) | data.ogbench_defaults(env_id)
 
 
 def check_args(args: Args) -> None:
@@ -326,7 +327,7 @@ def main(args: Args) -> dict[str, Any]:
     """Train and evaluate. Returns the run's folder and the rows of its eval.csv; raises UserError for bad input."""
     check_args(args)
     device = common.find_device(args)
-    task = data.load_task(args.env_id)
+    task = data.task_of(args)
     envs = common.make_lockstep_envs(task, args)
     common.seed_everything(args.seed, args.torch_deterministic)
     agent = DQL(args, task, device)

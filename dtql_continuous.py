@@ -82,6 +82,8 @@ TABLE_4 = {
     "kitchen-partial-v0": (100, 0.7, False, 1000, 1e-4, True),
     "kitchen-mixed-v0": (200, 0.7, False, 500, 3e-4, True),
 }
+OTHERS = (5, 0.7, False, 1000, 3e-4, False)  # of tasks that the paper does not have
+AS_ANTMAZE = (1, 0.9, True, 1000, 3e-4, False)  # OGBench: a guess
 
 
 def task_defaults(env_id: str) -> dict[str, Any]:
@@ -93,7 +95,7 @@ def task_defaults(env_id: str) -> dict[str, Any]:
         # Larger mazes need more updates; smaller batches let three mazes pass in half an hour on two cores
         return dict(pretrain_epochs=2, epochs=epochs, eval_every=epochs // 3, batch_size=64, num_candidates=64, lr_decay=True)
     name = data.d4rl_id(env_id) or ""  # Minari's data of the same task takes the same row
-    alpha, expectile, nll, epochs, learning_rate, lr_decay = TABLE_4.get(name, (5, 0.7, False, 1000, 3e-4, False))
+    alpha, expectile, nll, epochs, learning_rate, lr_decay = TABLE_4.get(name, AS_ANTMAZE if data.is_ogbench(env_id) else OTHERS)
     return dict(
         alpha=float(alpha),
         expectile=expectile,
@@ -104,8 +106,9 @@ def task_defaults(env_id: str) -> dict[str, Any]:
         pretrain_epochs=50,
         num_candidates=1024,
         batch_size=2048 if name.startswith("antmaze") else 256,
+        gamma=data.discount(env_id),
         eval_episodes=100 if name.startswith(("antmaze", "pen", "kitchen")) else 10,
-    )
+    ) | data.ogbench_defaults(env_id)
 
 
 def check_args(args: Args) -> None:
@@ -391,7 +394,7 @@ def main(args: Args) -> dict[str, Any]:
     """Train and evaluate. Returns the run's folder and the rows of its eval.csv; raises UserError for bad input."""
     check_args(args)
     device = common.find_device(args)
-    task = data.load_task(args.env_id)
+    task = data.task_of(args)
     envs = common.make_lockstep_envs(task, args)
     common.seed_everything(args.seed, args.torch_deterministic)
     agent = DTQL(args, task, device)

@@ -56,8 +56,18 @@ class Args(common.Args):
     """training epochs"""
 
 
-# alpha and the targets' mean or min: the authors' for AntMaze v2 and pen; AntMaze v0 as v2; there are none for the others
-ALPHA = {"antmaze-large-play": 3, "antmaze-large-diverse": 3}
+# By the beginning of the id, the authors' alpha (else 10) and where they take the smaller target (else the mean), for AntMaze v2,
+# pen and OGBench; AntMaze v0 as v2; there are none for the others
+ALPHA = {
+    "antmaze-large-play": 3,
+    "antmaze-large-diverse": 3,
+    "humanoidmaze": 30,
+    "cube": 300,
+    "scene": 300,
+    "puzzle": 1000,
+    "pen": 10_000,
+}
+SMALLER_TARGET = ("antmaze-large-navigate", "antmaze-giant-navigate", "pen")
 
 
 def task_defaults(env_id: str) -> dict[str, Any]:
@@ -65,14 +75,15 @@ def task_defaults(env_id: str) -> dict[str, Any]:
     if env_id in data.POINTMAZES:
         epochs = {"dtql/pointmaze-medium-v0": 8, "dtql/pointmaze-large-v0": 14}.get(env_id)  # as many updates as DTQL's
         return {} if epochs is None else dict(epochs=epochs, eval_every=epochs // 4)
-    domain, name = data.domain(env_id), data.d4rl_id(env_id) or ""
+    domain, name = data.domain(env_id), data.d4rl_id(env_id) or env_id
     return dict(
-        alpha=10_000.0 if domain == "pen" else float(ALPHA.get(name.rpartition("-")[0], 10)),
-        q_target="min" if domain == "pen" else "mean",
+        alpha=float(next((alpha for start, alpha in ALPHA.items() if name.startswith(start)), 10)),
+        q_target="min" if name.startswith(SMALLER_TARGET) else "mean",
         batch_size=256,
         epochs=500,
+        gamma=data.discount(env_id),
         eval_episodes=100 if domain in ("antmaze", "pen", "kitchen") else 10,
-    )
+    ) | data.ogbench_defaults(env_id)
 
 
 def check_args(args: Args) -> None:
@@ -254,7 +265,7 @@ def main(args: Args) -> dict[str, Any]:
     """Train and evaluate. Returns the run's folder and the rows of its eval.csv; raises UserError for bad input."""
     check_args(args)
     device = common.find_device(args)
-    task = data.load_task(args.env_id)
+    task = data.task_of(args)
     envs = common.make_lockstep_envs(task, args)
     common.seed_everything(args.seed, args.torch_deterministic)
     agent = FQL(args, task, device)

@@ -65,12 +65,13 @@ def task_defaults(env_id: str) -> dict[str, Any]:
         return {} if epochs is None else dict(epochs=epochs, eval_every=epochs // 4)
     domain = data.domain(env_id)
     return dict(
-        expectile=0.9 if domain == "antmaze" else 0.7,
+        expectile=0.9 if domain in ("antmaze", "ogbench") else 0.7,
         num_candidates=64,
         batch_size=512,
         epochs=3000,
+        gamma=data.discount(env_id),
         eval_episodes=100 if domain in ("antmaze", "pen", "kitchen") else 10,
-    )
+    ) | data.ogbench_defaults(env_id)
 
 
 def check_args(args: Args) -> None:
@@ -343,7 +344,7 @@ def main(args: Args) -> dict[str, Any]:
     """Train and evaluate. Returns the run's folder and the rows of its eval.csv; raises UserError for bad input."""
     check_args(args)
     device = common.find_device(args)
-    task = data.load_task(args.env_id)
+    task = data.task_of(args)
     envs = common.make_lockstep_envs(task, args)
     common.seed_everything(args.seed, args.torch_deterministic)
     agent = IDQL(args, task, device)

@@ -72,15 +72,18 @@ def task_defaults(env_id: str) -> dict[str, Any]:
         epochs = {"dtql/pointmaze-medium-v0": 8, "dtql/pointmaze-large-v0": 14}.get(env_id)  # as many updates as DTQL's
         return {} if epochs is None else dict(epochs=epochs, eval_every=epochs // 4)
     domain = data.domain(env_id)
-    expectile, beta, dropout = SETTINGS.get(data.d4rl_id(env_id), SETTINGS.get(domain, SETTINGS["locomotion"]))
+    expectile, beta, dropout = SETTINGS.get(
+        data.d4rl_id(env_id), SETTINGS.get("antmaze" if domain == "ogbench" else domain, SETTINGS["locomotion"])
+    )
     return dict(
         expectile=expectile,
         beta=beta,
         dropout=dropout,
         batch_size=256,
         epochs=1000,
+        gamma=data.discount(env_id),
         eval_episodes=100 if domain in ("antmaze", "pen", "kitchen") else 10,
-    )
+    ) | data.ogbench_defaults(env_id)
 
 
 def check_args(args: Args) -> None:
@@ -279,7 +282,7 @@ def main(args: Args) -> dict[str, Any]:
     """Train and evaluate. Returns the run's folder and the rows of its eval.csv; raises UserError for bad input."""
     check_args(args)
     device = common.find_device(args)
-    task = data.load_task(args.env_id)
+    task = data.task_of(args)
     envs = common.make_lockstep_envs(task, args)
     common.seed_everything(args.seed, args.torch_deterministic)
     agent = IQL(args, task, device)

@@ -43,6 +43,21 @@ GROUPS: dict[str, list[str]] = {
     "antmaze-v2": [name for name in _d4rl if name.startswith("antmaze") and name.endswith("v2")],
     "adroit": [name for name in _d4rl if name.startswith("pen")],
     "kitchen": [name for name in _d4rl if name.startswith("kitchen")],
+    "ogbench": [  # the default tasks of FQL's table
+        f"{name}-singletask-v0"
+        for name in (
+            "antmaze-large-navigate",
+            "antmaze-giant-navigate",
+            "humanoidmaze-medium-navigate",
+            "humanoidmaze-large-navigate",
+            "antsoccer-arena-navigate",
+            "cube-single-play",
+            "cube-double-play",
+            "scene-play",
+            "puzzle-3x3-play",
+            "puzzle-4x4-play",
+        )
+    ],
 }
 GROUPS["paper"] = [name for group in ("gym", "antmaze", "adroit", "kitchen") for name in GROUPS[group]]
 
@@ -171,6 +186,8 @@ def read_runs(folder: Path) -> list[Run]:
         try:
             config = json.loads(config_file.read_text())
             args, run_dir = config["args"], config_file.parent
+            if not args["env_id"]:
+                continue  # trained on somebody's own data, without an environment
             rows = read_table(run_dir / "eval.csv") if (run_dir / "eval.csv").exists() else []
             episodes = read_table(run_dir / "episodes.csv") if rows and (run_dir / "episodes.csv").exists() else []
             last = rows[-1]["epoch"] if rows else None

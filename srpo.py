@@ -99,16 +99,17 @@ def task_defaults(env_id: str) -> dict[str, Any]:
     domain, name = data.domain(env_id), data.d4rl_id(env_id) or ""
     return dict(
         beta=BETA.get(name.rpartition("-")[0], 0.05),
-        expectile=0.9 if domain == "antmaze" else 0.7,
-        normalize_gradient=domain == "antmaze",
+        expectile=0.9 if domain in ("antmaze", "ogbench") else 0.7,
+        normalize_gradient=domain in ("antmaze", "ogbench"),
         policy_layers=4 if domain == "antmaze" else 2,
         diffusion_epochs=2000,
         diffusion_batch_size=2048,
         critic_epochs=1500,
         batch_size=256,
         epochs=1000,
+        gamma=data.discount(env_id),
         eval_episodes=100 if domain in ("antmaze", "pen", "kitchen") else 10,
-    )
+    ) | data.ogbench_defaults(env_id)
 
 
 def check_args(args: Args) -> None:
@@ -128,11 +129,11 @@ def check_args(args: Args) -> None:
     )
 
 
-def transform_rewards(task: data.Task) -> np.ndarray:
-    """Rewards (N,) to train on: sparse mazes r - 1, all others with returns over a range of 1000."""
+def transform_rewards(task: data.Task, env_id: str) -> np.ndarray:
+    """Rewards (N,) to train on: sparse mazes r - 1, OGBench as they are, all others with returns over a range of 1000."""
     if task.sparse_goal:
         return task.rewards - 1
-    if len(task.rewards):
+    if len(task.rewards) and not data.is_ogbench(env_id):
         return task.rewards * np.float32(1000 / data.return_range(task))
     return task.rewards
 
@@ -255,7 +256,7 @@ class SRPO:
     def __init__(self, args: Args, task: data.Task, device: torch.device):
         """The models on `device`, with the data beside them."""
         self.args, self.device = args, device
-        rewards = transform_rewards(task)
+        rewards = transform_rewards(task, args.env_id)
         self.data = stacked.Transitions(task.obs, task.actions, rewards, task.terminals, task.next_obs, device)
         self.action_dim = task.actions.shape[1]
         dims = task.obs.shape[1], self.action_dim
@@ -380,7 +381,7 @@ def main(args: Args) -> dict[str, Any]:
     """Train and evaluate. Returns the run's folder and the rows of its eval.csv; raises UserError for bad input."""
     check_args(args)
     device = common.find_device(args)
-    task = data.load_task(args.env_id)
+    task = data.task_of(args)
     envs = common.make_lockstep_envs(task, args)
     common.seed_everything(args.seed, args.torch_deterministic)
     agent = SRPO(args, task, device)

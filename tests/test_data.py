@@ -1,7 +1,11 @@
 """From files to transitions, downloads, Minari, and every kind of bad data."""
 
 import functools
+import hashlib
 import http.server
+import os
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -10,10 +14,11 @@ import minari
 import numpy as np
 import pytest
 import torch
-from helpers import make_args, write_d4rl
+from helpers import ROOT, make_args, write_d4rl
 
 import d4rl_tasks
 import data
+import download
 import dtql_continuous as dtql
 from common import UserError
 
@@ -112,18 +117,28 @@ def test_missing_file_without_network_says_where_to_put_it(hopper):
 
 
 class Server:
-    """An HTTP server on 127.0.0.1 that gives `content`, and says that it is `claim` bytes long."""
+    """An HTTP server on 127.0.0.1 that gives `content` and says that it is `claim` bytes long; it knows byte ranges."""
 
-    def __init__(self, content: bytes, claim: int | None = None):
-        paths = self.paths = []
+    def __init__(self, content: bytes, claim: int | None = None, tag: str | None = '"one"', cut: int | None = None):
+        """`tag`: the content's ETag. `cut`: the first answer ends after so many bytes."""
+        paths, ranges = self.paths, self.ranges = [], []
 
         class Handler(http.server.BaseHTTPRequestHandler):
             def do_GET(self):
                 paths.append(self.path)
-                self.send_response(200)
-                self.send_header("Content-Length", str(len(content) if claim is None else claim))
+                ranges.append(self.headers.get("Range"))
+                start = 0
+                if ranges[-1] and self.headers.get("If-Range") == tag:
+                    start = int(ranges[-1].removeprefix("bytes=").removesuffix("-"))
+                if start and start >= len(content):
+                    self.send_error(416)
+                    return
+                self.send_response(206 if start else 200)
+                self.send_header("Content-Length", str((len(content) if claim is None else claim) - start))
+                if tag:
+                    self.send_header("ETag", tag)
                 self.end_headers()
-                self.wfile.write(content)
+                self.wfile.write(content[start : cut if len(paths) == 1 else None])
 
             def log_message(self, *_):
                 pass
@@ -131,6 +146,11 @@ class Server:
         self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         threading.Thread(target=self.server.serve_forever, daemon=True).start()
         self.url = f"http://127.0.0.1:{self.server.server_port}/base"
+
+
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch):
+    monkeypatch.setattr(data, "D4RL_SOURCES", ())
 
 
 def test_download(hopper, monkeypatch):
@@ -146,20 +166,95 @@ def test_download(hopper, monkeypatch):
     server.server.shutdown()
 
 
-@pytest.mark.parametrize("kind", ["truncated", "not HDF5", "empty"])
+def names(folder):
+    return sorted(file.name for file in folder.iterdir())
+
+
+@pytest.mark.parametrize("kind", ["not HDF5", "empty"])
 def test_bad_downloads_leave_nothing(hopper, monkeypatch, kind):
-    content = hopper.read_bytes()
     hopper.unlink()
-    server = {
-        "truncated": Server(content[:-100], claim=len(content)),
-        "not HDF5": Server(b"<html>moved</html>"),
-        "empty": Server(b""),
-    }[kind]
-    monkeypatch.setenv("D4RL_BASE_URL", server.url)
+    monkeypatch.setenv("D4RL_BASE_URL", Server({"not HDF5": b"<html>moved</html>", "empty": b""}[kind]).url)
     with pytest.raises(UserError, match="cannot download"):
         data.load_task("hopper-medium-v2")
-    assert list(hopper.parent.iterdir()) == []
-    server.server.shutdown()
+    assert names(hopper.parent) == []
+
+
+@pytest.mark.parametrize("resumes", [True, False])
+def test_a_download_that_was_cut_off_goes_on_where_it_stopped(hopper, monkeypatch, resumes):
+    content = hopper.read_bytes()
+    hopper.unlink()
+    server = Server(content, cut=1000, tag='"one"' if resumes else None)
+    monkeypatch.setenv("D4RL_BASE_URL", server.url)
+    with pytest.raises(UserError, match="1000 of .* goes on from there"):
+        data.load_task("hopper-medium-v2")
+    assert not hopper.exists() and (hopper.parent / f"{hopper.name}.part").stat().st_size == 1000
+    data.load_task("hopper-medium-v2")
+    assert server.ranges == [None, "bytes=1000-" if resumes else None]
+    assert hopper.read_bytes() == content
+    assert names(hopper.parent) == [hopper.name, f"{hopper.name}.sha256"]
+
+
+def test_what_changed_on_the_server_begins_anew(hopper, monkeypatch):
+    content, part = hopper.read_bytes(), hopper.parent / f"{hopper.name}.part"
+    hopper.unlink()
+    server = Server(content, tag='"two"')
+    monkeypatch.setenv("D4RL_BASE_URL", server.url)
+    path = data.d4rl_tasks.TASKS["hopper-medium-v2"].path
+    part.write_bytes(b"x" * 500)
+    part.with_name(f"{part.name}.source").write_text(f'{server.url}/{path}\n"one"')
+    data.load_task("hopper-medium-v2")
+    assert server.ranges == ["bytes=500-"] and hopper.read_bytes() == content
+    # A part that was already whole, but not yet looked at, when the process was killed
+    hopper.rename(part)
+    part.with_name(f"{part.name}.source").write_text(f'{server.url}/{path}\n"two"')
+    data.load_task("hopper-medium-v2")
+    assert hopper.read_bytes() == content
+
+
+def test_sources_are_tried_in_turn(hopper, monkeypatch):
+    content = hopper.read_bytes()
+    hopper.unlink()
+    bad, good = Server(b"<html>moved</html>"), Server(content)
+    monkeypatch.setenv("D4RL_BASE_URL", "http://127.0.0.1:9/")
+    monkeypatch.setattr(data, "D4RL_SOURCES", (bad.url, good.url))
+    data.load_task("hopper-medium-v2")
+    assert len(bad.paths) == len(good.paths) == 1 and hopper.read_bytes() == content
+    hopper.unlink()
+    monkeypatch.setattr(data, "D4RL_SOURCES", (bad.url,))
+    with pytest.raises(UserError, match=f"cannot download http://127.0.0.1:9/.* nor {bad.url}/"):
+        data.load_task("hopper-medium-v2")
+
+
+def test_two_processes_download_once(hopper, monkeypatch):
+    content = hopper.read_bytes()
+    hopper.unlink()
+    server = Server(content)
+    code = "import data, sys; data.D4RL_SOURCES = (); data.load_task('hopper-medium-v2')"
+    environment = os.environ | {"D4RL_BASE_URL": server.url}
+    processes = [subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, env=environment) for _ in range(2)]
+    assert [process.wait() for process in processes] == [0, 0]
+    assert len(server.paths) == 1 and hopper.read_bytes() == content
+    assert names(hopper.parent) == [hopper.name, f"{hopper.name}.sha256"]
+
+
+def test_checksum_is_kept_and_compared_once_in_another_process(hopper, monkeypatch, capfd):
+    content, sums = hopper.read_bytes(), hopper.with_name(f"{hopper.name}.sha256")
+    download._checking.clear()  # of other tests
+    hopper.unlink()
+    monkeypatch.setenv("D4RL_BASE_URL", Server(content).url)
+    data.load_task("hopper-medium-v2")
+    assert sums.read_text() == f"{hashlib.sha256(content).hexdigest()}  {hopper.name}\n"
+    data.load_task("hopper-medium-v2")  # the next start
+    download._checking.pop().wait()
+    assert sums.read_text().splitlines()[1:] == ["# checked"]
+    data.load_task("hopper-medium-v2")
+    assert not download._checking  # never again
+    sums.write_text(f"{hashlib.sha256(b'else').hexdigest()}  {hopper.name}\n")
+    data.load_task("hopper-medium-v2")  # not held up; told by the other process, and refused from then on
+    download._checking.pop().wait()
+    assert capfd.readouterr().err.count("is not what was downloaded") == 1
+    with pytest.raises(UserError, match="delete it to download it again"):
+        data.load_task("hopper-medium-v2")
 
 
 def test_unknown_task_suggests_near_ones():

@@ -531,7 +531,7 @@ def test_settings_are_the_official_ones():
 
 @pytest.mark.parametrize(
     ("one", "other", "most"),
-    [("idql", "dql", 325), ("iql", "idql", 285), ("idql", "srpo", 385), ("dtql_continuous", "fql", 490)],
+    [("idql", "dql", 325), ("iql", "idql", 285), ("idql", "srpo", 385), ("dtql_continuous", "fql", 500)],
 )
 def test_neighbours_differ_in_what_their_heads_say(one, other, most):
     """`diff` of two neighbours shows their samplers, losses and uses of Q, not the rest: what they share is the same text."""

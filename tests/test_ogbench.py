@@ -1,0 +1,198 @@
+"""OGBench's ids: small files in its format, training and evaluation without a network, what is refused."""
+
+import csv
+import json
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from helpers import FLAGS, make_args, run_script
+
+import common
+import data
+import dtql_continuous as dtql
+import fql
+from common import UserError
+
+IDS = (
+    "antmaze-large-navigate-singletask-v0",
+    "cube-single-play-singletask-task2-v0",
+    "scene-play-singletask-v0",
+    "puzzle-3x3-play-singletask-v0",
+)
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("OGBENCH_DATASET_DIR", str(tmp_path / "ogbench"))
+    monkeypatch.setenv("OGBENCH_BASE_URL", "http://127.0.0.1:9/")
+    monkeypatch.setattr(data, "OGBENCH_SOURCES", ())
+    (tmp_path / "ogbench").mkdir()
+    return tmp_path / "ogbench"
+
+
+def write(folder, env_id: str, trajectories: int = 4, length: int = 20):
+    """A file in OGBench's format: random states of the environment itself; the third state of each trajectory is solved."""
+    name, kind, number = data._OGBENCH.fullmatch(env_id).groups()
+    env = data._make_ogbench_env(f"{name}-singletask{number or ''}-v0")
+    inner, rng, columns = env.unwrapped, np.random.default_rng(0), {}
+    state = inner.data if "maze" in name else inner._data
+    for _ in range(trajectories):
+        obs, _ = env.reset(seed=0)
+        for step in range(length):
+            qpos = state.qpos.copy()
+            buttons = getattr(inner, "_cur_button_states", np.zeros(0)).copy()
+            if step == 2:
+                if "maze" in name:
+                    qpos[:2] = inner.cur_goal_xy
+                else:
+                    for i in range(getattr(inner, "_num_cubes", 0)):
+                        qpos[14 + 7 * i : 17 + 7 * i] = state.mocap_pos[i]
+                    if hasattr(inner, "_target_button_states"):
+                        buttons = inner._target_button_states.copy()
+                    if "scene" in name:
+                        at = 14 + 7 * inner._num_cubes + inner._num_buttons
+                        qpos[at : at + 2] = inner._target_drawer_pos, inner._target_window_pos
+            action = rng.uniform(-1, 1, env.action_space.shape)
+            row = dict(observations=obs, actions=action, qpos=qpos, qvel=state.qvel.copy(), terminals=step == length - 1)
+            if len(buttons):
+                row["button_states"] = buttons
+            for key, value in row.items():
+                columns.setdefault(key, []).append(value)
+            obs = env.step(action)[0]
+    env.close()
+    arrays = {key: np.array(column, np.float32 if key != "button_states" else int) for key, column in columns.items()}
+    np.savez(folder / f"{name}-{kind}-v0.npz", **arrays)
+
+
+@pytest.mark.parametrize("env_id", IDS)
+def test_masks_decide_the_bootstrap_and_a_run_ends(env_id, folder, tmp_path):
+    write(folder, env_id)
+    task = data.load_task(env_id)
+    assert len(task.obs) == 4 * 19  # the last row of a trajectory has no successor
+    solved = np.tile(np.arange(19) == 2, 4)
+    np.testing.assert_array_equal(task.terminals, solved)
+    np.testing.assert_array_equal(task.rewards[solved], 0)
+    assert (task.rewards[~solved] < 0).all() and (task.rewards == np.round(task.rewards)).all()
+    np.testing.assert_array_equal(task.obs[1:19], task.next_obs[:18])
+    assert task.score(np.array([1.0])) == 100 and not task.sparse_goal
+
+    result = dtql.main(make_args(tmp_path, env_id=env_id, eval_episodes=1, epochs=1))
+    (row,) = result["rows"]
+    assert row["score_mean"] in (0.0, 100.0) and row["length_mean"] > 1
+    with open(f"{result['run_dir']}/config.json") as config:
+        assert json.load(config)["versions"]["ogbench"] == "1.2.2"
+
+
+@pytest.mark.parametrize(
+    "gym_id", ["antmaze-teleport-singletask-v0", "antsoccer-arena-singletask-v0", "cube-single-singletask-v0"]
+)
+def test_evaluation_is_as_random_as_its_seeds(gym_id):
+    """Also where the environment draws from numpy's global state, in any order of copies, in this process and in workers."""
+    make_env = lambda: data._make_ogbench_env(gym_id)
+    seeds = np.arange(4)
+
+    def paths(workers: int, order: list[int]) -> dict[int, np.ndarray]:
+        envs = common.LockstepEnvs(make_env, seeds, workers)
+        everyone, found = np.arange(4), []
+        np.random.seed(workers)
+        obs = envs.reset(everyone, seeds[order])
+        for step in range(15):
+            np.random.rand()
+            found.append(obs)
+            actions = np.random.default_rng(step).uniform(-1, 1, envs_actions)
+            obs = envs.step(everyone, np.tile(actions, (4, 1)))[0]
+        envs.close()
+        return {int(seeds[order][i]): np.array([step[i] for step in found]) for i in range(4)}
+
+    env = make_env()
+    envs_actions = env.action_space.shape
+    env.close()
+    first, second, third = paths(0, [0, 1, 2, 3]), paths(0, [3, 1, 0, 2]), paths(2, [0, 1, 2, 3])
+    for seed in first:
+        np.testing.assert_array_equal(first[seed], second[seed])
+        np.testing.assert_array_equal(first[seed], third[seed])
+    if "cube" not in gym_id:
+        assert not np.array_equal(first[0], first[1])
+
+
+def test_the_wrapper_leaves_numpys_global_state_alone_and_ends_when_solved():
+    env = data._make_ogbench_env("antmaze-teleport-singletask-v0")
+    np.random.seed(5)
+    expected = np.random.RandomState(5).rand(3)
+    env.reset(seed=1)
+    values = [np.random.rand()]
+    env.step(env.action_space.sample())
+    values += [np.random.rand(), np.random.rand()]
+    np.testing.assert_array_equal(values, expected)
+
+    class Solved(gym.Wrapper):
+        def step(self, action):
+            obs, reward, _, truncated, info = self.env.step(action)
+            return obs, reward, False, truncated, info | {"success": 1.0}
+
+    env.env = Solved(env.env)
+    assert env.step(env.action_space.sample())[1:3] == (1.0, True)
+    env.close()
+
+
+@pytest.mark.parametrize(
+    "env_id",
+    [
+        "visual-antmaze-large-navigate-singletask-v0",
+        "antmaze-large-navigate-v0",
+        "antmaze-large-singletask-v0",
+        "cube-single-play-oraclerep-v0",
+        "cube-single-play-v0",
+        "powderworld-easy-play-singletask-v0",
+        "antmaze-large-navigate-singletask-task6-v0",
+    ],
+)
+def test_other_kinds_are_refused_by_name(env_id):
+    with pytest.raises(UserError, match="state-based single tasks") as error:
+        data.load_task(env_id)
+    assert "\n" not in str(error.value)
+
+
+def test_bad_files(folder, tmp_path):
+    env_id = IDS[1]
+    file = folder / "cube-single-play-v0.npz"
+    with pytest.raises(UserError, match="put cube-single-play-v0.npz into"):
+        data.load_task(env_id)
+    file.write_bytes(b"no archive")
+    with pytest.raises(UserError, match="not a complete OGBench file"):
+        data.load_task(env_id)
+    np.savez(file, observations=np.zeros((5, 3)))
+    with pytest.raises(UserError, match="not a complete OGBench file"):
+        data.load_task(env_id)
+    write(folder, env_id)
+    arrays = dict(np.load(file))
+    np.savez(file, **arrays | {"observations": arrays["observations"][:, :5]})
+    with pytest.raises(UserError, match="data of another task"):
+        data.load_task(env_id)
+    np.savez(file, **arrays | {"actions": np.full_like(arrays["actions"], np.nan)})
+    with pytest.raises(UserError, match="NaN or infinite actions"):
+        data.load_task(env_id)
+    with pytest.raises(UserError, match="OGBench has no cube-none-singletask-v0"):
+        data.load_task("cube-none-play-singletask-v0")
+
+
+def test_command_line(folder, tmp_path):
+    write(folder, IDS[0])
+    result = run_script("--env-id", IDS[0], *FLAGS, "--run-dir", tmp_path / "runs", "--epochs", "0", "--eval-episodes", "1")
+    assert result.returncode == 0, result.stderr
+    (run_dir,) = (tmp_path / "runs").iterdir()
+    with open(run_dir / "eval.csv") as table:
+        assert len(list(csv.DictReader(table))) == 1
+
+
+def test_settings():
+    flags = lambda module, env_id: common.parse_args(module.Args, module.task_defaults, ["--env-id", env_id])
+    args = flags(fql, "puzzle-3x3-play-singletask-v0")
+    assert (args.alpha, args.gamma, args.total_steps, args.eval_every, args.eval_episodes) == (1000, 0.99, 10**6, 100, 50)
+    assert (flags(fql, "cube-double-play-singletask-v0").alpha, flags(fql, IDS[0]).alpha) == (300, 10)
+    assert flags(fql, IDS[0]).q_target == "min" and flags(fql, "humanoidmaze-medium-navigate-singletask-v0").gamma == 0.995
+    assert flags(dtql, "antsoccer-arena-navigate-singletask-v0").gamma == 0.995
+    assert flags(dtql, IDS[0]).batch_size == 256 and flags(dtql, IDS[0]).gamma == 0.99
+    assert torch.tensor(flags(fql, "antmaze-large-diverse-v2").alpha) == 3 and flags(fql, "pen-human-v1").alpha == 10_000
