@@ -198,7 +198,7 @@ class BC:
 
         nets = {"actor": self.actor}
         metrics = ["actor", "entropy"]
-        self.models = stacked.Learner(nets, range(args.seed, args.seed + args.num_seeds), metrics, device, args.compile)
+        self.models = stacked.Learner(nets, args.model_seeds, metrics, device, args.compile)
         self.models.optimize(self.actor_loss, "actor", lr=args.learning_rate)
         self.mean = self.models.buffers["obs_mean"] = torch.as_tensor(mean, device=device)
         self.std = self.models.buffers["obs_std"] = torch.as_tensor(std, device=device)
@@ -223,7 +223,7 @@ class BC:
 
     def update(self) -> None:
         """One step of Adam. Tensors only, of static shapes."""
-        shape = self.args.num_seeds, self.args.batch_size
+        shape = self.args.num_models, self.args.batch_size
         batch = self.data.sample(*shape)
         sigma = sample_sigma(torch.rand(*shape, 1, device=self.device))
         noise = torch.randn(*shape, self.action_dim, device=self.device)
@@ -252,7 +252,7 @@ def load_policy(checkpoint: str, index: int = 0, device: str = "cpu", seed: int 
     args, spaces, learner = common.open_policy(checkpoint, __file__, Args, index, device)
     agent = BC(args, data.Task.without_data(**spaces), torch.device(device))
     agent.models.load_state_dict(learner)
-    return agent.best_of.of_one(agent.models.params, index, spaces["obs_dim"], seed)
+    return agent.best_of.of_one(agent.models.params, index, spaces["obs_dim"], seed, args.about(index))
 
 
 def evaluate(agent: BC, task: data.Task, envs: common.LockstepEnvs, epoch: int) -> common.Evaluation:

@@ -8,6 +8,7 @@ import errno
 import fcntl
 import importlib.metadata
 import io
+import itertools
 import json
 import multiprocessing
 import os
@@ -95,6 +96,41 @@ class Args:
     eval_episodes: int = 20
     """episodes per evaluation and model"""
 
+    sweep: typing.ClassVar[tuple[str, ...]] = ()  # the arguments that may have several values, each of which is trained
+
+    @property
+    def combinations(self) -> list[dict[str, float]]:
+        """Every combination of the values of the arguments in `sweep`."""
+        values = (getattr(self, name) for name in self.sweep)
+        every = itertools.product(*(value if isinstance(value, tuple) else (value,) for value in values))
+        return [dict(zip(self.sweep, combination)) for combination in every]
+
+    @property
+    def num_models(self) -> int:
+        """K: each combination with each seed."""
+        return len(self.combinations) * self.num_seeds
+
+    @property
+    def model_seeds(self) -> list[int]:
+        """The seed of each model: all seeds of the first combination, then those of the next."""
+        return list(range(self.seed, self.seed + self.num_seeds)) * len(self.combinations)
+
+    @property
+    def model_settings(self) -> dict[str, list[float]]:
+        """The value that each model has of each argument in `sweep`."""
+        return {name: [each[name] for each in self.combinations for _ in range(self.num_seeds)] for name in self.sweep}
+
+    @property
+    def labels(self) -> list[str]:
+        """What tells each model's combination from the others, like "alpha=5"; empty if there is one combination."""
+        several = [name for name in self.sweep if isinstance(getattr(self, name), tuple) and len(getattr(self, name)) > 1]
+        each = [" ".join(f"{name}={combination[name]:g}" for name in several) for combination in self.combinations]
+        return [label for label in each for _ in range(self.num_seeds)]
+
+    def about(self, index: int) -> dict[str, float]:
+        """The seed of a model and its values of the arguments in `sweep`."""
+        return {"seed": self.model_seeds[index], **{name: values[index] for name, values in self.model_settings.items()}}
+
     # Of methods that train part of their networks first; the others have none
     @property
     def pretrain_steps(self) -> int:
@@ -115,12 +151,15 @@ def run_defaults(args: Args) -> dict[str, Any]:
 def check_range(args: Any, **bounds: str) -> None:
     """Raise UserError unless each named argument lies in its interval, written as in mathematics: "[0, 1)"."""
     for name, interval in bounds.items():
-        value = getattr(args, name)
+        flag, values = f"--{name.replace('_', '-')}", getattr(args, name)
+        values = values if isinstance(values, tuple) else (values,)
+        check(len(set(values)) == len(values) > 0, f"{flag} {' '.join(map(str, values))}: give each value once")
         low, high = (float(bound) for bound in interval[1:-1].split(","))
-        inside = (low <= value if interval[0] == "[" else low < value) and (
-            value <= high if interval[-1] == "]" else value < high
-        )
-        check(inside, f"--{name.replace('_', '-')} must lie in {interval}, not {value}")
+        for value in values:
+            inside = (low <= value if interval[0] == "[" else low < value) and (
+                value <= high if interval[-1] == "]" else value < high
+            )
+            check(inside, f"{flag} must lie in {interval}, not {value}")
 
 
 def check_args(args: Args) -> None:
@@ -133,6 +172,7 @@ def check_args(args: Args) -> None:
         "eval_episodes": "[1, 1e5]",
     }
     check_range(args, **positive, epochs="[0, 1e9]")
+    check(args.num_models <= 10_000, f"{args.num_models} models are too many at once: give fewer values or --num-seeds")
     check(0 <= args.seed < 2**63 - args.num_seeds, f"--seed must lie in [0, 2^63 - --num-seeds), not {args.seed}")
 
 
@@ -351,7 +391,7 @@ MAX_COPIES = 64
 
 def make_lockstep_envs(task: Any, args: Args) -> LockstepEnvs:
     """The copies in which a run is evaluated."""
-    copies = min(args.num_seeds * args.eval_episodes, MAX_COPIES) if task.make_env else 0
+    copies = min(args.num_models * args.eval_episodes, MAX_COPIES) if task.make_env else 0
     return LockstepEnvs(task.make_env, np.random.SeedSequence(args.seed).generate_state(copies))
 
 
@@ -432,7 +472,7 @@ def evaluate(
         check_stop()
         return act(obs, generator)
 
-    seeds = range(args.seed, args.seed + args.num_seeds)
+    seeds = args.model_seeds
     returns, lengths = run_episodes(envs, act_or_stop, episode_seeds(seeds, epoch, args.eval_episodes))
     return Evaluation(returns, np.asarray(task.score(returns), np.float64), lengths, time.perf_counter() - start)
 
@@ -529,7 +569,8 @@ def to_csv(fields: Sequence[str], rows: Sequence[dict[str, Any]]) -> bytes:
 
 def settings_from(cls: type, saved: Any, place: str) -> dict[str, Any]:
     """The arguments of `cls` as they were saved. Raises UserError if they are another script's or of impossible types."""
-    hints = typing.get_type_hints(cls)
+    every = typing.get_type_hints(cls)
+    hints = {field.name: every[field.name] for field in dataclasses.fields(cls)}
     check(isinstance(saved, dict) and saved.keys() == hints.keys(), f"{place}: the settings there are not this script's")
     for name, hint in hints.items():
         wrong = f"{place}: {name} = {saved[name]!r} there is impossible; put back the file that the run wrote"
@@ -588,7 +629,7 @@ def open_policy(file: str | Path, script: str, cls: type, index: int, device: st
     saved = open_checkpoint(file, device)
     check(saved["exp_name"] == Path(script).stem, f"{file} was written by {saved['exp_name']}.py: load it with that")
     args = cls(**settings_from(cls, saved["args"], str(file)))
-    check(-args.num_seeds <= index < args.num_seeds, f"{file} holds {args.num_seeds} model(s): there is no {index}")
+    check(-args.num_models <= index < args.num_models, f"{file} holds {args.num_models} model(s): there is no {index}")
     spaces = {name: value.cpu().numpy() if isinstance(value, torch.Tensor) else value for name, value in saved["spaces"].items()}
     return dataclasses.replace(args, compile=False), spaces, saved["learner"]
 
@@ -664,7 +705,7 @@ class Run:
                 raise
         if not args.cuda and not torch.cuda.is_available():
             print("no GPU found: training on the CPU", file=sys.stderr)
-        print(f"{self.dir}: {args.num_seeds} model(s), {len(task.obs):,} transitions from {task.origin}, on {device}")
+        print(f"{self.dir}: {args.num_models} model(s), {len(task.obs):,} transitions from {task.origin}, on {device}")
 
     def _begin(self, script: str, data: dict[str, Any]) -> None:
         packages, versions = ("numpy", "gymnasium", "gymnasium-robotics", "mujoco", "minari", "ogbench"), {}
@@ -812,7 +853,8 @@ class Run:
     def log(self) -> None:
         """Write the metrics since the last log, and a checkpoint if one is due. Raises UserError if one is not finite."""
         sums = self.learner.sums
-        means = (torch.stack(list(sums.values())) / max(1, self.step - self.logged_step)).mean(1).tolist()  # waits for the device
+        each = (torch.stack(list(sums.values())) / max(1, self.step - self.logged_step)).cpu()  # waits for the device
+        means = each.mean(1).tolist()
         seconds = time.perf_counter() - self._clock
         self.train_seconds += seconds
         self._clock = time.perf_counter()
@@ -823,6 +865,12 @@ class Run:
         losses = {name: mean for name, mean in losses.items() if mean}  # the others are not computed while pretraining
         for name, mean in losses.items():
             self.writer.add_scalar(f"losses/{name}", mean, self.step)
+        labels = dict.fromkeys(self.args.labels)
+        if len(labels) > 1:
+            for label, part in zip(labels, each.split(self.args.num_seeds, 1)):
+                for name, mean in zip(sums, part.mean(1).tolist()):
+                    if name in losses:
+                        self.writer.add_scalar(f"losses_{label.replace(' ', '_')}/{name}", mean, self.step)
         self.writer.add_scalar("charts/SPS", (self.step - self.logged_step) / seconds, self.step)
         self.progress.set_postfix({name: f"{mean:.3g}" for name, mean in losses.items()} | self._last_score(), refresh=False)
         for value in sums.values():
@@ -844,7 +892,6 @@ class Run:
 
     def add_evaluation(self, evaluation: "Evaluation") -> None:
         """Add an evaluation to eval.csv, episodes.csv, TensorBoard and the next checkpoint."""
-        seeds = range(self.args.seed, self.args.seed + self.args.num_seeds)
         returns, scores, lengths = evaluation.returns, evaluation.scores, evaluation.lengths
         rows = [
             {
@@ -859,8 +906,10 @@ class Run:
                 "train_seconds": round(self.train_seconds, 3),
                 "eval_seconds": evaluation.seconds,
             }
-            for i, seed in enumerate(seeds)
+            for i, seed in enumerate(self.args.model_seeds)
         ]
+        for row, label in zip(rows, self.args.labels):
+            row |= {"setting": label} if label else {}
         self.rows += rows
         self.episodes.append(
             {
@@ -874,28 +923,31 @@ class Run:
         self._write_tables()
         for name in ("return_mean", "score_mean", "length_mean"):
             for row in rows:
-                self.writer.add_scalar(f"eval/{name}_seed{row['seed']}", row[name], self.step)
+                which = f"_{row['setting'].replace(' ', '_')}" if "setting" in row else ""
+                self.writer.add_scalar(f"eval/{name}{which}_seed{row['seed']}", row[name], self.step)
             self.writer.add_scalar(f"eval/{name}", np.mean([row[name] for row in rows]), self.step)
         self.progress.write(
-            f"epoch {self.epoch}: {self.score_name} {_mean_and_spread(rows)}, "
+            f"epoch {self.epoch}: {self.score_name} {_by_setting(rows)}, "
             f"{np.mean([row['length_mean'] for row in rows]):.0f} steps per episode, {evaluation.seconds:.0f} s"
         )
         self._clock = time.perf_counter()  # evaluation is not training time
 
     def _write_tables(self) -> None:
-        write_atomically(self.dir / "eval.csv", to_csv(EVAL_FIELDS, self.rows))
+        more = ("setting",) if self.args.labels[0] else ()  # where several are trained at once
+        write_atomically(self.dir / "eval.csv", to_csv((*EVAL_FIELDS, *more), self.rows))
         rows = [
             {
                 "epoch": entry["epoch"],
-                "seed": self.args.seed + i,
+                "seed": self.args.model_seeds[i],
                 "episode": episode,
+                **{name: self.args.labels[i] for name in more},
                 **{name: entry[name][i, episode].item() for name in ("return", "score", "length")},
             }
             for entry in self.episodes
             for i in range(len(entry["return"]))
             for episode in range(entry["return"].shape[1])
         ]
-        write_atomically(self.dir / "episodes.csv", to_csv(EPISODE_FIELDS, rows))
+        write_atomically(self.dir / "episodes.csv", to_csv((*EPISODE_FIELDS, *more), rows))
 
     def save(self) -> None:
         """Write checkpoint.pt: everything that the run needs to continue as if it had not stopped."""
@@ -935,7 +987,7 @@ class Run:
 
     def summary(self) -> dict[str, Any]:
         """Print the closing line; returns the folder and the rows of eval.csv."""
-        ended = f"{self.args.num_seeds} model(s), {self.train_seconds / 60:.1f} min of training, {self.dir}"
+        ended = f"{self.args.num_models} model(s), {self.train_seconds / 60:.1f} min of training, {self.dir}"
         if not self.evaluates:
             print(f"{self.args.data}: trained without an environment, so without a score; {ended}")
             return {"run_dir": str(self.dir), "rows": self.rows}
@@ -943,8 +995,8 @@ class Run:
         by_epoch = {epoch: [row for row in self.rows if row["epoch"] == epoch] for epoch in epochs}
         best = max(epochs, key=lambda epoch: np.mean([row["score_mean"] for row in by_epoch[epoch]]))
         print(
-            f"{self.args.env_id}: {self.score_name} {_mean_and_spread(by_epoch[epochs[-1]])} (last), "
-            f"{_mean_and_spread(by_epoch[best])} (best, epoch {best}); {ended}"
+            f"{self.args.env_id}: {self.score_name} {_by_setting(by_epoch[epochs[-1]])} (last), "
+            f"{_by_setting(by_epoch[best])} (best, epoch {best}); {ended}"
         )
         return {"run_dir": str(self.dir), "rows": self.rows}
 
@@ -954,6 +1006,14 @@ def _mean_and_spread(rows: list[dict[str, Any]]) -> str:
     means, stds = (np.array([row[name] for row in rows]) for name in ("score_mean", "score_std"))
     variance = (stds**2).mean() + means.var()
     return f"{means.mean():.1f} ± {np.sqrt(variance / sum(row['episodes'] for row in rows)):.1f}"
+
+
+def _by_setting(rows: list[dict[str, Any]]) -> str:
+    """Mean score and its standard error, of each combination of settings on its own."""
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault(row.get("setting", ""), []).append(row)
+    return ", ".join((f"{label}: " if label else "") + _mean_and_spread(group) for label, group in groups.items())
 
 
 def _create_run_dir(parent: str, env_id: str, exp_name: str, seed: int) -> Path:

@@ -36,8 +36,10 @@ from stacked import Batch, Mish, Net, Params
 class Args(common.Args):
     """Diffusion Q-Learning (DQL). The defaults shown are those of the given task."""
 
+    sweep = ("eta",)
+
     # Algorithm specific arguments
-    eta: float = 2.0
+    eta: float | tuple[float, ...] = 2.0
     """weight of Q in the policy's loss: large improves, 0 clones"""
     max_q_backup: bool = False
     """learn Q from the best of ten next actions, not from one"""
@@ -235,7 +237,7 @@ class DQL:
 
         nets = {"critic": self.critic, "denoiser": self.denoiser}
         metrics = ["critic", "denoiser", "actor_q", "q"]
-        self.models = stacked.Learner(nets, range(args.seed, args.seed + args.num_seeds), metrics, device, args.compile)
+        self.models = stacked.Learner(nets, args.model_seeds, metrics, device, args.compile, args.model_settings)
         self.models.add_target("target_critic", "critic")
         self.models.add_target("ema_denoiser", "denoiser")
         self.models.optimize(self.critic_loss, "critic", lr=3e-4, max_norm=args.max_norm)
@@ -276,12 +278,12 @@ class DQL:
         q = self.critic(p["critic"], batch.obs, self.chain(p["denoiser"], batch.obs, z))  # (2, B)
         mean, size = q.mean(1), q.detach().abs().mean(1) + 1e-6
         actor_q = torch.where(coin < 0.5, mean[0] / size[1], mean[1] / size[0])
-        return clone - self.args.eta * actor_q, {"denoiser": clone, "actor_q": mean.mean()}
+        return clone - p["settings"]["eta"] * actor_q, {"denoiser": clone, "actor_q": mean.mean()}
 
     def update(self) -> None:
         """One update: Qs, policy, its average, targets, on one minibatch. Tensors only, of static shapes."""
-        args, models, shape = self.args, self.models, (self.args.num_seeds, self.args.batch_size)
-        batch, num_models, width = self.data.sample(*shape), args.num_seeds, STEPS * self.action_dim
+        args, models, shape = self.args, self.models, (self.args.num_models, self.args.batch_size)
+        batch, num_models, width = self.data.sample(*shape), args.num_models, STEPS * self.action_dim
         step = torch.randint(STEPS, (*shape, 1), device=self.device)
         noise = torch.randn(*shape, self.action_dim, device=self.device)
         z = torch.randn(*shape, width, device=self.device)
@@ -314,7 +316,7 @@ def load_policy(checkpoint: str, index: int = 0, device: str = "cpu", seed: int 
     args, spaces, learner = common.open_policy(checkpoint, __file__, Args, index, device)
     agent = DQL(args, data.Task.without_data(**spaces), torch.device(device))
     agent.models.load_state_dict(learner)
-    return agent.best_of.of_one(agent.models.params, index, spaces["obs_dim"], seed)
+    return agent.best_of.of_one(agent.models.params, index, spaces["obs_dim"], seed, args.about(index))
 
 
 def evaluate(agent: DQL, task: data.Task, envs: common.LockstepEnvs, epoch: int) -> common.Evaluation:

@@ -30,10 +30,12 @@ from stacked import Batch, Mish, Net, Params
 class Args(common.Args):
     """Diffusion Trusted Q-Learning. The defaults shown are those of the given task (Table 4 of the paper)."""
 
+    sweep = ("alpha", "expectile")
+
     # Algorithm specific arguments
-    alpha: float = 1.0
+    alpha: float | tuple[float, ...] = 1.0
     """weight of the trust-region loss (Eq. 5)"""
-    expectile: float = 0.9
+    expectile: float | tuple[float, ...] = 0.9
     """expectile of the value loss, the paper's tau (Eq. 6)"""
     nll: bool = True
     """add the negative log-likelihood of the data's actions to the policy loss (Section 2.4)"""
@@ -237,7 +239,7 @@ class ImplicitActor(Denoiser):
 # ---- losses of one model ---------------------------------------------------------------------------------------------
 
 
-def expectile_loss(u: Tensor, expectile: float) -> Tensor:
+def expectile_loss(u: Tensor, expectile: float | Tensor) -> Tensor:
     """Eq. 6: mean of |expectile - 1(u < 0)| u^2."""
     return ((expectile - (u < 0).float()).abs() * u**2).mean()
 
@@ -278,7 +280,7 @@ class DTQL:
 
         nets = {"critic": self.critic, "value": self.value, "denoiser": self.denoiser, "actor": self.actor}
         metrics = ["critic", "value", "denoiser", "actor", "trust_region", "q", "entropy", "nll"]
-        self.models = stacked.Learner(nets, range(args.seed, args.seed + args.num_seeds), metrics, device, args.compile)
+        self.models = stacked.Learner(nets, args.model_seeds, metrics, device, args.compile, args.model_settings)
         self.models.add_target("target_critic", "critic")
         self.models.optimize(self.critic_loss, "critic", "value", lr=3e-4)
         self.models.optimize(self.denoiser_loss, "denoiser", lr=args.learning_rate)
@@ -304,7 +306,7 @@ class DTQL:
         q = self.critic(p["critic"], batch.obs, batch.actions)
         v = self.value(p["value"], batch.obs)
         next_v = self.value(stacked.detach(p["value"]), batch.next_obs)
-        value_loss = expectile_loss(q.detach().amin(0) - v, self.args.expectile)
+        value_loss = expectile_loss(q.detach().amin(0) - v, p["settings"]["expectile"])
         target = q_target(batch.rewards, batch.terminals, next_v, self.args.gamma)
         critic_loss = (target - q).square().mean(1).sum()
         return critic_loss + value_loss, {"critic": critic_loss, "value": value_loss}
@@ -326,7 +328,7 @@ class DTQL:
         trust_region = denoising_loss(self.denoise(p["denoiser"]), actions, batch.obs, sigma, noise)
         # Q knows only [-1, 1]; what lies outside (implicit policy) is left to the trust region to bring back
         q = self.critic(p["critic"], batch.obs, actions.clamp(-1, 1)).amin(0).mean()
-        loss = self.args.alpha * trust_region - q
+        loss = p["settings"]["alpha"] * trust_region - q
         if self.args.nll:
             metrics["nll"] = gaussian_nll(mean, log_std, batch.actions)
             loss = loss + metrics["nll"]
@@ -334,7 +336,7 @@ class DTQL:
 
     def update(self, training: bool) -> None:
         """One iteration of Algorithm 1; pretraining ends after the diffusion policy. Tensors only, of static shapes."""
-        args, models, shape = self.args, self.models, (self.args.num_seeds, self.args.batch_size)
+        args, models, shape = self.args, self.models, (self.args.num_models, self.args.batch_size)
         batch = self.data.sample(*shape)
         sigma = sample_sigma(torch.rand(2, *shape, 1, device=self.device))
         noise = torch.randn(3, *shape, self.action_dim, device=self.device)
@@ -381,7 +383,7 @@ def load_policy(
     check_args(args)
     agent = DTQL(args, data.Task.without_data(**spaces), torch.device(device))
     agent.models.load_state_dict(learner)
-    return agent.best_of.of_one(agent.models.params, index, spaces["obs_dim"], seed)
+    return agent.best_of.of_one(agent.models.params, index, spaces["obs_dim"], seed, args.about(index))
 
 
 def evaluate(agent: DTQL, task: data.Task, envs: common.LockstepEnvs, epoch: int) -> common.Evaluation:

@@ -35,8 +35,10 @@ from stacked import Batch, Net, Params, detach
 class Args(common.Args):
     """Flow Q-Learning (FQL). The defaults shown are those of the given task."""
 
+    sweep = ("alpha",)
+
     # Algorithm specific arguments
-    alpha: float = 10.0
+    alpha: float | tuple[float, ...] = 3.0
     """weight of the distillation: large clones, small improves"""
     q_target: Literal["mean", "min"] = "mean"
     """which of the two target Qs' values the critic learns from"""
@@ -52,7 +54,7 @@ class Args(common.Args):
     """step of the target Qs towards the online Qs"""
     batch_size: int = 64
     """transitions per update and model"""
-    epochs: int = 6
+    epochs: int = 4
     """training epochs"""
 
 
@@ -184,7 +186,7 @@ class FQL:
 
         nets = {"critic": self.critic, "flow": self.flow, "actor": self.actor}
         metrics = ["critic", "flow", "distillation", "actor_q", "q"]
-        self.models = stacked.Learner(nets, range(args.seed, args.seed + args.num_seeds), metrics, device, args.compile)
+        self.models = stacked.Learner(nets, args.model_seeds, metrics, device, args.compile, args.model_settings)
         self.models.add_target("target_critic", "critic")
         self.models.optimize(self.loss, "critic", "flow", "actor", lr=args.learning_rate)
         self.best_of = stacked.BestOf(self.sample, None, ("actor",), 1, task.action_low, task.action_high, device, args.compile)
@@ -215,7 +217,7 @@ class FQL:
         distillation = (actions - goal).square().mean()
         q = self.critic(detach(p["critic"]), batch.obs, actions.clamp(-1, 1)).mean(0)
         scale = q.detach().abs().mean() + 1e-6 if self.args.normalize_q else 1.0
-        loss = self.args.alpha * distillation - q.mean() / scale
+        loss = p["settings"]["alpha"] * distillation - q.mean() / scale
         return loss, {"distillation": distillation, "actor_q": q.mean()}
 
     def loss(self, p: dict[str, Params], batch: Batch, noise: Tensor, time: Tensor) -> tuple[Tensor, Params]:
@@ -229,9 +231,9 @@ class FQL:
 
     def update(self) -> None:
         """One step of Adam for all networks, then the targets. Tensors only, of static shapes."""
-        args, models, shape = self.args, self.models, (self.args.num_seeds, self.args.batch_size)
+        args, models, shape = self.args, self.models, (self.args.num_models, self.args.batch_size)
         batch = self.data.sample(*shape)
-        noise = torch.randn(args.num_seeds, 3, args.batch_size, self.action_dim, device=self.device)
+        noise = torch.randn(args.num_models, 3, args.batch_size, self.action_dim, device=self.device)
         time = torch.rand(*shape, 1, device=self.device)
         models.step(self.loss, batch, noise, time)
         models.average("target_critic", "critic", args.tau)
@@ -252,7 +254,7 @@ def load_policy(checkpoint: str, index: int = 0, device: str = "cpu", seed: int 
     args, spaces, learner = common.open_policy(checkpoint, __file__, Args, index, device)
     agent = FQL(args, data.Task.without_data(**spaces), torch.device(device))
     agent.models.load_state_dict(learner)
-    return agent.best_of.of_one(agent.models.params, index, spaces["obs_dim"], seed)
+    return agent.best_of.of_one(agent.models.params, index, spaces["obs_dim"], seed, args.about(index))
 
 
 def evaluate(agent: FQL, task: data.Task, envs: common.LockstepEnvs, epoch: int) -> common.Evaluation:

@@ -35,8 +35,10 @@ from stacked import Batch, Net, Params
 class Args(common.Args):
     """Implicit Diffusion Q-Learning (IDQL). The defaults shown are those of the given task."""
 
+    sweep = ("expectile",)
+
     # Algorithm specific arguments
-    expectile: float = 0.9
+    expectile: float | tuple[float, ...] = 0.9
     """of the value loss"""
     num_candidates: int = 16
     """actions drawn from the diffusion policy in each state, of which the one with the largest Q is taken"""
@@ -221,7 +223,7 @@ def denoising_loss(denoise: Any, actions: Tensor, obs: Tensor, step: Tensor, noi
     return (denoise(add_noise(actions, step, noise), step.to(actions), obs, *masks) - noise).square().sum(-1).mean()
 
 
-def expectile_loss(u: Tensor, expectile: float) -> Tensor:
+def expectile_loss(u: Tensor, expectile: float | Tensor) -> Tensor:
     """Mean of |expectile - 1(u < 0)| u^2."""
     return ((expectile - (u < 0).float()).abs() * u**2).mean()
 
@@ -251,7 +253,7 @@ class IDQL:
 
         nets = {"critic": self.critic, "value": self.value, "denoiser": self.denoiser}
         metrics = ["critic", "value", "denoiser", "q"]
-        self.models = stacked.Learner(nets, range(args.seed, args.seed + args.num_seeds), metrics, device, args.compile)
+        self.models = stacked.Learner(nets, args.model_seeds, metrics, device, args.compile, args.model_settings)
         self.models.add_target("target_critic", "critic")
         self.models.add_target("ema_denoiser", "denoiser")
         self.models.optimize(self.denoiser_loss, "denoiser", lr=args.learning_rate, weight_decay=args.weight_decay)
@@ -282,7 +284,7 @@ class IDQL:
     def value_loss(self, p: dict[str, Params], batch: Batch) -> tuple[Tensor, Params]:
         """Expectile regression of V on the smaller target Q."""
         q = self.critic(p["target_critic"], batch.obs, batch.actions).amin(0)
-        loss = expectile_loss(q - self.value(p["value"], batch.obs), self.args.expectile)
+        loss = expectile_loss(q - self.value(p["value"], batch.obs), p["settings"]["expectile"])
         return loss, {"value": loss}
 
     def critic_loss(self, p: dict[str, Params], batch: Batch) -> tuple[Tensor, Params]:
@@ -294,12 +296,12 @@ class IDQL:
 
     def update(self) -> None:
         """One update: diffusion policy and its average, V, Q, targets, on one minibatch. Tensors only, of static shapes."""
-        args, models, shape = self.args, self.models, (self.args.num_seeds, self.args.batch_size)
+        args, models, shape = self.args, self.models, (self.args.num_models, self.args.batch_size)
         batch, masks = self.data.sample(*shape), ()
         step = torch.randint(STEPS, (*shape, 1), device=self.device)
         noise = torch.randn(*shape, self.action_dim, device=self.device)
         if args.dropout:
-            keep = torch.rand(args.num_seeds, BLOCKS, args.batch_size, HIDDEN, device=self.device) >= args.dropout
+            keep = torch.rand(args.num_models, BLOCKS, args.batch_size, HIDDEN, device=self.device) >= args.dropout
             masks = (keep / (1 - args.dropout),)
         decay = (1 + torch.cos(math.pi * self.train_step / args.total_steps)) / 2
 
@@ -331,7 +333,7 @@ def load_policy(checkpoint: str, index: int = 0, device: str = "cpu", seed: int 
     args, spaces, learner = common.open_policy(checkpoint, __file__, Args, index, device)
     agent = IDQL(args, data.Task.without_data(**spaces), torch.device(device))
     agent.models.load_state_dict(learner)
-    return agent.best_of.of_one(agent.models.params, index, spaces["obs_dim"], seed)
+    return agent.best_of.of_one(agent.models.params, index, spaces["obs_dim"], seed, args.about(index))
 
 
 def evaluate(agent: IDQL, task: data.Task, envs: common.LockstepEnvs, epoch: int) -> common.Evaluation:

@@ -37,10 +37,12 @@ from stacked import Batch, Net, Params
 class Args(common.Args):
     """Implicit Q-Learning. The defaults shown are those of the given task."""
 
+    sweep = ("expectile", "beta")
+
     # Algorithm specific arguments
-    expectile: float = 0.9
+    expectile: float | tuple[float, ...] = 0.9
     """expectile of the value loss, the paper's tau"""
-    beta: float = 10.0
+    beta: float | tuple[float, ...] = 10.0
     """inverse temperature of the advantage weights"""
     dropout: float = 0.0
     """share of the policy's hidden units that is dropped in training"""
@@ -165,7 +167,7 @@ class GaussianActor(nn.Module):
 # ---- losses of one model ---------------------------------------------------------------------------------------------
 
 
-def expectile_loss(u: Tensor, expectile: float) -> Tensor:
+def expectile_loss(u: Tensor, expectile: float | Tensor) -> Tensor:
     """Mean of |expectile - 1(u < 0)| u^2."""
     return ((expectile - (u < 0).float()).abs() * u**2).mean()
 
@@ -175,7 +177,7 @@ def q_target(rewards: Tensor, terminals: Tensor, next_v: Tensor, gamma: float) -
     return rewards + gamma * (1 - terminals) * next_v
 
 
-def advantage_weights(advantages: Tensor, beta: float) -> Tensor:
+def advantage_weights(advantages: Tensor, beta: float | Tensor) -> Tensor:
     """min(exp(beta advantage), 100)."""
     return torch.exp(beta * advantages).clamp(max=100)
 
@@ -205,7 +207,7 @@ class IQL:
 
         nets = {"critic": self.critic, "value": self.value, "actor": self.actor}
         metrics = ["critic", "value", "actor", "q", "advantage", "weight", "entropy"]
-        self.models = stacked.Learner(nets, range(args.seed, args.seed + args.num_seeds), metrics, device, args.compile)
+        self.models = stacked.Learner(nets, args.model_seeds, metrics, device, args.compile, args.model_settings)
         self.models.add_target("target_critic", "critic")
         self.models.optimize(self.value_loss, "value", lr=args.learning_rate)
         self.models.optimize(self.actor_loss, "actor", lr=args.learning_rate)
@@ -219,13 +221,13 @@ class IQL:
 
     def value_loss(self, p: dict[str, Params], batch: Batch) -> tuple[Tensor, Params]:
         """Expectile regression of V on the smaller target Q."""
-        loss = expectile_loss(self.advantage(p, batch), self.args.expectile)
+        loss = expectile_loss(self.advantage(p, batch), p["settings"]["expectile"])
         return loss, {"value": loss}
 
     def actor_loss(self, p: dict[str, Params], batch: Batch, masks: Tensor | None = None) -> tuple[Tensor, Params]:
         """Advantage-weighted regression. Q and V are fixed."""
         advantages = self.advantage(p, batch)
-        weights = advantage_weights(advantages, self.args.beta)
+        weights = advantage_weights(advantages, p["settings"]["beta"])
         mean, log_std = self.actor(p["actor"], batch.obs, masks)
         loss = -(weights * gaussian_log_prob(mean, log_std, batch.actions)).mean()
         entropy = (log_std + 0.5 * math.log(2 * math.pi * math.e)).sum()
@@ -240,10 +242,10 @@ class IQL:
 
     def update(self) -> None:
         """One update: V, policy, Q, targets, all on one minibatch. Tensors only, of static shapes."""
-        args, models, shape = self.args, self.models, (self.args.num_seeds, self.args.batch_size)
+        args, models, shape = self.args, self.models, (self.args.num_models, self.args.batch_size)
         batch, masks = self.data.sample(*shape), ()
         if args.dropout:
-            keep = torch.rand(args.num_seeds, 2, args.batch_size, HIDDEN, device=self.device) >= args.dropout
+            keep = torch.rand(args.num_models, 2, args.batch_size, HIDDEN, device=self.device) >= args.dropout
             masks = (keep / (1 - args.dropout),)
         decay = (1 + torch.cos(math.pi * self.train_step / args.total_steps)) / 2
 
@@ -269,7 +271,7 @@ def load_policy(checkpoint: str, index: int = 0, device: str = "cpu", seed: int 
     args, spaces, learner = common.open_policy(checkpoint, __file__, Args, index, device)
     agent = IQL(args, data.Task.without_data(**spaces), torch.device(device))
     agent.models.load_state_dict(learner)
-    return agent.best_of.of_one(agent.models.params, index, spaces["obs_dim"], seed)
+    return agent.best_of.of_one(agent.models.params, index, spaces["obs_dim"], seed, args.about(index))
 
 
 def evaluate(agent: IQL, task: data.Task, envs: common.LockstepEnvs, epoch: int) -> common.Evaluation:

@@ -30,10 +30,12 @@ from stacked import Batch, Mish, Net, Params
 class Args(common.Args):
     """KL-regularised one-step policy. The defaults shown are those of the given task (Table 4 of the paper)."""
 
+    sweep = ("alpha", "expectile")
+
     # Algorithm specific arguments
-    alpha: float = 1.0
+    alpha: float | tuple[float, ...] = 1.0
     """weight of the KL regularisation (Eq. 12)"""
-    expectile: float = 0.9
+    expectile: float | tuple[float, ...] = 0.9
     """expectile of the value loss, the paper's tau (Eq. 6)"""
     q: bool = True
     """maximise Q; --no-q only distils the diffusion policy and trains no critic (Figure 2)"""
@@ -210,7 +212,7 @@ class ImplicitActor(Denoiser):
 # ---- losses of one model ---------------------------------------------------------------------------------------------
 
 
-def expectile_loss(u: Tensor, expectile: float) -> Tensor:
+def expectile_loss(u: Tensor, expectile: float | Tensor) -> Tensor:
     """Eq. 6: mean of |expectile - 1(u < 0)| u^2."""
     return ((expectile - (u < 0).float()).abs() * u**2).mean()
 
@@ -258,7 +260,7 @@ class KLDistill:
 
         nets = {"critic": self.critic, "value": self.value, "denoiser": self.denoiser, "actor": self.actor, "fake": self.fake}
         metrics = ["critic", "value", "denoiser", "actor", "kl", "q", "fake"]
-        self.models = stacked.Learner(nets, range(args.seed, args.seed + args.num_seeds), metrics, device, args.compile)
+        self.models = stacked.Learner(nets, args.model_seeds, metrics, device, args.compile, args.model_settings)
         self.models.add_target("target_critic", "critic")
         self.models.optimize(self.critic_loss, "critic", "value", lr=3e-4)
         self.models.optimize(self.denoiser_loss, "denoiser", lr=args.learning_rate)
@@ -285,7 +287,7 @@ class KLDistill:
         q = self.critic(p["critic"], batch.obs, batch.actions)
         v = self.value(p["value"], batch.obs)
         next_v = self.value(stacked.detach(p["value"]), batch.next_obs)
-        value_loss = expectile_loss(q.detach().amin(0) - v, self.args.expectile)
+        value_loss = expectile_loss(q.detach().amin(0) - v, p["settings"]["expectile"])
         target = q_target(batch.rewards, batch.terminals, next_v, self.args.gamma)
         critic_loss = (target - q).square().mean(1).sum()
         return critic_loss + value_loss, {"critic": critic_loss, "value": value_loss}
@@ -303,7 +305,7 @@ class KLDistill:
         kl = kl_loss(actions, self.denoise(p["denoiser"]), fake, batch.obs, sigma, noise)
         # Q knows only [-1, 1]
         q = self.critic(p["critic"], batch.obs, actions.clamp(-1, 1)).amin(0).mean() if self.args.q else torch.zeros_like(kl)
-        loss = self.args.alpha * kl - q
+        loss = p["settings"]["alpha"] * kl - q
         return loss, {"actor": loss, "kl": kl, "q": q}
 
     def fake_loss(self, p: dict[str, Params], batch: Batch, z: Tensor, sigma: Tensor, noise: Tensor) -> tuple[Tensor, Params]:
@@ -314,7 +316,7 @@ class KLDistill:
 
     def update(self, training: bool) -> None:
         """One iteration of Algorithm 2's loops, with the critic. Tensors only, of static shapes."""
-        args, models, shape = self.args, self.models, (self.args.num_seeds, self.args.batch_size)
+        args, models, shape = self.args, self.models, (self.args.num_models, self.args.batch_size)
         batch = self.data.sample(*shape)
         sigma = sample_sigma(torch.rand(3, *shape, 1, device=self.device))
         noise = torch.randn(5, *shape, self.action_dim, device=self.device)
@@ -362,7 +364,7 @@ def load_policy(
     check_args(args)
     agent = KLDistill(args, data.Task.without_data(**spaces), torch.device(device))
     agent.models.load_state_dict(learner)
-    return agent.best_of.of_one(agent.models.params, index, spaces["obs_dim"], seed)
+    return agent.best_of.of_one(agent.models.params, index, spaces["obs_dim"], seed, args.about(index))
 
 
 def evaluate(agent: KLDistill, task: data.Task, envs: common.LockstepEnvs, epoch: int) -> common.Evaluation:

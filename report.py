@@ -8,6 +8,7 @@ episodes follows Jackson et al., "A Clean Slate for Offline Reinforcement Learni
 import collections
 import csv
 import functools
+import itertools
 import json
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -155,7 +156,7 @@ class Run(NamedTuple):
     finished: bool
     status: str  # "" or why it did not end as it should
     steps_per_epoch: int
-    together: int  # seeds trained as one stack, in train_seconds
+    together: int  # models trained as one stack, in train_seconds
 
 
 def read_table(file: Path) -> list[dict[str, str]]:
@@ -192,23 +193,26 @@ def read_runs(folder: Path) -> list[Run]:
             episodes = read_table(run_dir / "episodes.csv") if rows and (run_dir / "episodes.csv").exists() else []
             last = rows[-1]["epoch"] if rows else None
             ended = read_status(run_dir.parent)
-            for seed in range(args["seed"], args["seed"] + args["num_seeds"]):
-                own = [row for row in rows if int(row["seed"]) == seed]
+            seeds = range(args["seed"], args["seed"] + args["num_seeds"])
+            settings = dict.fromkeys(row.get("setting", "") for row in rows) or [""]  # where several were trained at once
+            for setting, seed in itertools.product(settings, seeds):
+                of_this = lambda row: int(row["seed"]) == seed and row.get("setting", "") == setting
+                own = [row for row in rows if of_this(row)]
                 run = Run(
                     args["env_id"],
-                    config["exp_name"],
+                    f"{config['exp_name']} {setting}".strip(),
                     seed,
                     [int(row["epoch"]) for row in own],
                     [float(row["score_mean"]) for row in own],
                     float(own[-1]["train_seconds"]) if own else 0.0,
                     sum(float(row["eval_seconds"]) for row in own),
-                    np.array([float(row["score"]) for row in episodes if row["epoch"] == last and int(row["seed"]) == seed]),
+                    np.array([float(row["score"]) for row in episodes if row["epoch"] == last and of_this(row)]),
                     (int(last or 0) + sum(args.get(name, 0) for name in PRETRAINING)) * args["steps_per_epoch"],
                     config["device"],
                     bool(own) and int(own[-1]["epoch"]) == args["epochs"],
                     ended["status"] if ended else "",
                     args["steps_per_epoch"],
-                    args["num_seeds"],
+                    len(settings) * args["num_seeds"],
                 )
                 key = run.task, run.method, seed
                 if key not in found or len(run.epochs) >= len(found[key].epochs):
@@ -372,8 +376,8 @@ def time_section(cells: dict[tuple[str, str], list[Run]]) -> str:
         rows.append(
             [f"`{task}`", method, f"{updates:,}", "/".join(together), f"{training:.0f}", f"{evaluation:.0f}", ", ".join(devices)]
         )
-    head = ["task", "method", "updates", "seeds at once", "training, s", "evaluation, s", "device"]
-    return "## Time\n\nSeconds of a run, with all seeds that it trains at once.\n\n" + markdown(head, rows)
+    head = ["task", "method", "updates", "models at once", "training, s", "evaluation, s", "device"]
+    return "## Time\n\nSeconds of a run, with all models that it trains at once.\n\n" + markdown(head, rows)
 
 
 # ---- pictures ----------------------------------------------------------------------------------------------------------
@@ -428,8 +432,11 @@ def write_report(folder: Path, expected: Iterable[tuple[str, str]] = ()) -> Path
     runs, failures = read_runs(folder), read_failures(folder)
     common.check(bool(runs or failures), f"{folder} holds no runs: give the folder of a benchmark, or one with runs in it")
     cells = by_cell(runs)
+    columns = {method: {other for _, other in cells if other.split()[0] == method} or {method} for _, method in expected}
+    expected = [(task, column) for task, method in expected for column in sorted(columns[method])]  # one for each setting
     pairs = list(dict.fromkeys([*expected, *cells, *failures]))
-    methods = sorted({method for _, method in pairs}, key=lambda method: [*PAPER_NAMES, method].index(method))
+    place = lambda method: [*PAPER_NAMES, method.split()[0]].index(method.split()[0])
+    methods = sorted(dict.fromkeys(method for _, method in pairs), key=place)
     groups = groups_of(task for task, _ in pairs)
     tasks = [task for group in groups.values() for task in group]
 

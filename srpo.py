@@ -37,10 +37,12 @@ from stacked import Batch, Mish, Net, Params
 class Args(common.Args):
     """Score Regularized Policy Optimization (SRPO). The defaults shown are those of the given task."""
 
+    sweep = ("beta", "expectile")
+
     # Algorithm specific arguments
-    beta: float = 0.05
+    beta: float | tuple[float, ...] = 0.05
     """weight of Q in the policy's loss: large improves, 0 clones"""
-    expectile: float = 0.9
+    expectile: float | tuple[float, ...] = 0.9
     """of the value loss"""
     normalize_gradient: bool = True
     """scale Q's gradient at each action to one per dimension"""
@@ -231,7 +233,7 @@ def denoising_loss(denoise: Any, actions: Tensor, obs: Tensor, time: Tensor, noi
     return (denoise(alpha(time) * actions + sigma(time) * noise, time, obs, *masks) - noise).square().sum(-1).mean()
 
 
-def expectile_loss(u: Tensor, expectile: float) -> Tensor:
+def expectile_loss(u: Tensor, expectile: float | Tensor) -> Tensor:
     """Mean of |expectile - 1(u < 0)| u^2."""
     return ((expectile - (u < 0).float()).abs() * u**2).mean()
 
@@ -241,7 +243,7 @@ def q_target(rewards: Tensor, terminals: Tensor, next_v: Tensor, gamma: float) -
     return rewards + gamma * (1 - terminals) * next_v
 
 
-def surrogate(actions: Tensor, score: Tensor, q_gradient: Tensor, time: Tensor, beta: float) -> Tensor:
+def surrogate(actions: Tensor, score: Tensor, q_gradient: Tensor, time: Tensor, beta: float | Tensor) -> Tensor:
     """What has the gradient sigma^2 `score` - beta `q_gradient` at each action, mean over the batch; all (B, A), time (B, 1)."""
     direction = sigma(time) ** 2 * score - beta * q_gradient
     return (direction.detach() * actions).sum(-1).mean()
@@ -267,7 +269,7 @@ class SRPO:
 
         nets = {"critic": self.critic, "value": self.value, "denoiser": self.denoiser, "actor": self.actor}
         metrics = ["denoiser", "critic", "value", "q", "actor", "actor_q"]
-        self.models = stacked.Learner(nets, range(args.seed, args.seed + args.num_seeds), metrics, device, args.compile)
+        self.models = stacked.Learner(nets, args.model_seeds, metrics, device, args.compile, args.model_settings)
         self.models.add_target("target_critic", "critic")
         self.models.optimize(self.denoiser_loss, "denoiser", lr=args.learning_rate, weight_decay=0.01)
         self.models.optimize(self.critic_loss, "critic", lr=args.learning_rate)
@@ -305,7 +307,7 @@ class SRPO:
     def value_loss(self, p: dict[str, Params], batch: Batch) -> tuple[Tensor, Params]:
         """Expectile regression of V on the smaller target Q."""
         q = self.critic(p["target_critic"], batch.obs, batch.actions).amin(0)
-        loss = expectile_loss(q - self.value(p["value"], batch.obs), self.args.expectile)
+        loss = expectile_loss(q - self.value(p["value"], batch.obs), p["settings"]["expectile"])
         return loss, {"value": loss}
 
     def actor_loss(self, p: dict[str, Params], batch: Batch, time: Tensor, noise: Tensor) -> tuple[Tensor, Params]:
@@ -319,27 +321,27 @@ class SRPO:
         gradient = torch.func.grad(lambda actions: mean_q(actions).sum())(fixed)
         if self.args.normalize_gradient:
             gradient = gradient / (gradient.square().mean(-1, keepdim=True).sqrt() + 1e-8)
-        loss = surrogate(actions, score, gradient, time, self.args.beta)
+        loss = surrogate(actions, score, gradient, time, p["settings"]["beta"])
         return loss, {"actor": loss, "actor_q": mean_q(fixed).mean()}
 
     # The updates of the three phases. Tensors only, of static shapes
 
     def noise(self, batch_size: int, low: float, high: float) -> tuple[Tensor, Tensor]:
         """Uniform times in [low, high) and Gaussian noise, (K, B, 1) and (K, B, A)."""
-        shape = self.args.num_seeds, batch_size
+        shape = self.args.num_models, batch_size
         time = low + (high - low) * torch.rand(*shape, 1, device=self.device)
         return time, torch.randn(*shape, self.action_dim, device=self.device)
 
     def update_denoiser(self) -> None:
         """The diffusion model."""
         args, batch_size = self.args, self.args.diffusion_batch_size
-        batch, inputs = self.data.sample(args.num_seeds, batch_size), self.noise(batch_size, 0.001, 1.0)
-        keep = torch.rand(args.num_seeds, BLOCKS, batch_size, HIDDEN, device=self.device) >= DROPOUT
+        batch, inputs = self.data.sample(args.num_models, batch_size), self.noise(batch_size, 0.001, 1.0)
+        keep = torch.rand(args.num_models, BLOCKS, batch_size, HIDDEN, device=self.device) >= DROPOUT
         self.models.step(self.denoiser_loss, batch, *inputs, keep / (1 - DROPOUT))
 
     def update_critic(self) -> None:
         """Q, with V as it was; V; targets."""
-        batch = self.data.sample(self.args.num_seeds, self.args.batch_size)
+        batch = self.data.sample(self.args.num_models, self.args.batch_size)
         self.models.step(self.critic_loss, batch)
         self.models.step(self.value_loss, batch)
         self.models.average("target_critic", "critic", self.args.tau)
@@ -347,7 +349,7 @@ class SRPO:
     def update_actor(self) -> None:
         """The policy."""
         args = self.args
-        batch, inputs = self.data.sample(args.num_seeds, args.batch_size), self.noise(args.batch_size, 0.02, 0.98)
+        batch, inputs = self.data.sample(args.num_models, args.batch_size), self.noise(args.batch_size, 0.02, 0.98)
         decay = (1 + torch.cos(math.pi * self.train_step / (args.epochs * args.steps_per_epoch))) / 2
         self.models.step(self.actor_loss, batch, *inputs, decay=decay)
         self.train_step += 1
@@ -368,7 +370,7 @@ def load_policy(checkpoint: str, index: int = 0, device: str = "cpu", seed: int 
     args, spaces, learner = common.open_policy(checkpoint, __file__, Args, index, device)
     agent = SRPO(args, data.Task.without_data(**spaces), torch.device(device))
     agent.models.load_state_dict(learner)
-    return agent.best_of.of_one(agent.models.params, index, spaces["obs_dim"], seed)
+    return agent.best_of.of_one(agent.models.params, index, spaces["obs_dim"], seed, args.about(index))
 
 
 def evaluate(agent: SRPO, task: data.Task, envs: common.LockstepEnvs, epoch: int) -> common.Evaluation:

@@ -15,7 +15,8 @@ import math
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -24,7 +25,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 from torch.func import functional_call
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 from tqdm import tqdm
 
 import common
@@ -119,6 +120,7 @@ class _Objective(NamedTuple):
     networks: tuple[str, ...]  # that the loss trains
     learning_rate: float
     adam: torch.optim.AdamW
+    state: dict[str, Params]  # Adam's, by network and parameter
     eager: Callable[..., tuple[list[Tensor], Params]]
     fast: Callable[..., tuple[list[Tensor], Params]]  # compiled, where that is asked for
 
@@ -133,9 +135,18 @@ class Learner:
     """
 
     def __init__(
-        self, nets: dict[str, Net], seeds: Sequence[int], metrics: Sequence[str], device: torch.device, compile: bool = False
+        self,
+        nets: dict[str, Net],
+        seeds: Sequence[int],
+        metrics: Sequence[str],
+        device: torch.device,
+        compile: bool = False,
+        settings: Mapping[str, Sequence[float]] = MappingProxyType({}),
     ):
-        """One model for each of `seeds`, which starts as it would alone. Losses may log the names in `metrics`."""
+        """One model for each of `seeds`, which starts as it would alone. Losses may log the names in `metrics`.
+
+        `settings`: numbers in which models differ, K by name; a loss finds its model's in p["settings"].
+        """
         self.device, self.compile, self.num_models = device, compile, len(seeds)
         models: dict[str, list[Params]] = {name: [] for name in nets}
         for seed in seeds:
@@ -147,6 +158,11 @@ class Learner:
             network: {name: param.to(device).requires_grad_() for name, param in stack(params).items()}
             for network, params in models.items()
         }
+        # Models with different settings take turns on a CPU, where that costs nothing: then each is to the bit the one that
+        # trains alone, while a stack sums in another order
+        self.apart = device.type == "cpu" and any(len(set(values)) > 1 for values in settings.values())
+        if settings:
+            self.params["settings"] = {name: torch.tensor(values, device=device) for name, values in settings.items()}
         self.sums = {name: torch.zeros(len(seeds), device=device) for name in metrics}
         self.buffers: Params = {}
         self._objectives: dict[str, _Objective] = {}
@@ -166,9 +182,13 @@ class Learner:
     @torch.no_grad()
     def average(self, target: str, source: str, rate: float | Tensor) -> None:
         """Move `target` the share `rate` of the way to `source`."""
-        ours, theirs = list(self.params[target].values()), list(self.params[source].values())
+        ours, theirs = (self._each(self.params[network].values()) for network in (target, source))
         # As many weights as tensors, or the host would read the one
         torch._foreach_lerp_(ours, theirs, [rate] * len(ours) if isinstance(rate, Tensor) else rate)
+
+    def _each(self, params: Iterable[Tensor]) -> list[Tensor]:
+        """The tensors that are changed: those of all models, or with `apart` each model's own."""
+        return [one for param in params for one in (param.detach().unbind() if self.apart else (param,))]
 
     # Losses
 
@@ -184,16 +204,21 @@ class Learner:
 
         `max_norm`: clip each model's gradient to this norm, over all of `networks`. `weight_decay`: AdamW's, of all parameters.
         """
-        params = [param for network in networks for param in self.params[network].values()]
+        params = {f"{network}.{name}": param for network in networks for name, param in self.params[network].items()}
         # The learning rate is a tensor, and the state exists from the start, because a CUDA graph keeps addresses
         rate, capturable = torch.tensor(lr, device=self.device), self.device.type == "cuda"
-        adam = torch.optim.AdamW(params, rate, weight_decay=weight_decay, fused=True, capturable=capturable)
-        for param in params:
-            adam.state[param] = {
-                "step": torch.zeros((), device=self.device),
+        adam = torch.optim.AdamW(self._each(params.values()), rate, weight_decay=weight_decay, fused=True, capturable=capturable)
+        state = {
+            name: {
+                "step": torch.zeros(self.num_models if self.apart else (), device=self.device),
                 "exp_avg": torch.zeros_like(param),
                 "exp_avg_sq": torch.zeros_like(param),
             }
+            for name, param in params.items()
+        }
+        moments = {key: self._each(one[key] for one in state.values()) for key in ("step", "exp_avg", "exp_avg_sq")}
+        for param, *values in zip(adam.param_groups[0]["params"], *moments.values(), strict=True):
+            adam.state[param] = dict(zip(moments, values))
 
         def gradient(trained: dict[str, Params], fixed: dict[str, Params], *inputs: Any) -> tuple[list[Tensor], Params]:
             losses, metrics = torch.vmap(lambda trained, fixed, *inputs: loss({**fixed, **trained}, *inputs))(
@@ -207,14 +232,20 @@ class Learner:
             return gradients, detach(metrics)
 
         fast = compiled(gradient) if self.compile else gradient
-        self._objectives[loss.__name__] = _Objective(networks, lr, adam, gradient, fast)
+        self._objectives[loss.__name__] = _Objective(networks, lr, adam, state, gradient, fast)
 
     def step(self, loss: Callable[..., tuple[Tensor, Params]], *inputs: Any, decay: Tensor | None = None) -> None:
         """One step of Adam down the gradient of `loss(p, *inputs)`, at its learning rate times `decay`."""
         objective = self._objectives[loss.__name__]
         trained = {network: self.params[network] for network in objective.networks}
         fixed = {network: detach(params) for network, params in self.params.items() if network not in trained}
-        gradients, metrics = (objective.fast if self.compile else objective.eager)(trained, fixed, *inputs)
+        gradient = objective.fast if self.compile else objective.eager
+        if self.apart:
+            each = [gradient(*tree_map(lambda x: x[i : i + 1], (trained, fixed, *inputs))) for i in range(self.num_models)]
+            gradients = [one[0] for parts in zip(*(gradients for gradients, _ in each)) for one in parts]
+            metrics = {name: torch.cat([metrics[name] for _, metrics in each]) for name in each[0][1]}
+        else:
+            gradients, metrics = gradient(trained, fixed, *inputs)
         group = objective.adam.param_groups[0]
         if decay is not None:
             group["lr"].copy_(decay * objective.learning_rate)
@@ -233,12 +264,7 @@ class Learner:
         """All that training changes, by name; the tensors themselves, not copies."""
         optimizers = {}
         for name, objective in self._objectives.items():
-            states = {
-                f"{network}.{param}": objective.adam.state[self.params[network][param]]
-                for network in objective.networks
-                for param in self.params[network]
-            }
-            optimizers[name] = {"lr": objective.adam.param_groups[0]["lr"], "state": states}
+            optimizers[name] = {"lr": objective.adam.param_groups[0]["lr"], "state": objective.state}
         return {
             "params": {network: detach(params) for network, params in self.params.items()},
             "optimizers": optimizers,
@@ -475,8 +501,10 @@ class BestOf:
                 chosen.append(self.choose(p, part, z, gumbel))
         return (self.low + (torch.cat(chosen, 1)[:, :n] + 1) / 2 * (self.high - self.low)).cpu().numpy()
 
-    def of_one(self, params: dict[str, Params], index: int, obs_dim: int, seed: int) -> Callable[[np.ndarray], np.ndarray]:
-        """The policy of model `index`: one observation (S,) or a batch (B, S) to actions (A,) or (B, A)."""
+    def of_one(
+        self, params: dict[str, Params], index: int, obs_dim: int, seed: int, about: dict[str, float]
+    ) -> Callable[[np.ndarray], np.ndarray]:
+        """The policy of model `index`: one observation (S,) or a batch (B, S) to actions (A,) or (B, A); it has `about`."""
         params = {network: {name: param[index][None] for name, param in params[network].items()} for network in self.networks}
         generator = torch.Generator(self.low.device).manual_seed(seed)
 
@@ -490,4 +518,5 @@ class BestOf:
             actions = self(params, np.atleast_2d(obs)[None], generator)[0]
             return actions if obs.ndim == 2 else actions[0]
 
+        act.about = about
         return act

@@ -110,7 +110,7 @@ def test_critic_loss_is_equations_6_and_7():
 
     p = {
         net: {name: param[0].detach().requires_grad_() for name, param in agent.models.params[net].items()}
-        for net in ("critic", "value")
+        for net in ("critic", "value", "settings")
     }
     loss, metrics = agent.critic_loss(p, batch)
     loss.backward()
@@ -142,6 +142,7 @@ def test_policy_loss_is_equation_5_and_reaches_theta_only(policy):
     torch.manual_seed(1)
     z, noise, sigma = torch.randn(64, 2), torch.randn(64, 2), dtql.sample_sigma(torch.rand(64, 1))
     p = {net: values if net == "actor" else detach(values) for net, values in params.items()}
+    p["settings"] = first(agent.models.params["settings"])
     loss, metrics = agent.actor_loss(p, batch, z, sigma, noise)
     loss.backward()
     assert all(param.grad is not None and param.grad.abs().sum() > 0 for param in params["actor"].values())

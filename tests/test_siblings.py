@@ -383,7 +383,9 @@ def test_fqls_losses_and_what_they_reach():
     for network, part in reach.items():
         params, _ = losses_of(agent, "")
         part(params | {"target_critic": detach(params["target_critic"])}, batch, *arguments[network])[0].backward()
-        assert {net for net, values in params.items() if any(x.grad is not None for x in values.values())} == {network}
+        assert {net for net, values in params.items() if any(x.grad is not None for x in values.values())} - {"settings"} == {
+            network
+        }
 
 
 def test_fqls_target_and_normalisation():
@@ -531,7 +533,7 @@ def test_settings_are_the_official_ones():
 
 @pytest.mark.parametrize(
     ("one", "other", "most"),
-    [("idql", "dql", 325), ("iql", "idql", 285), ("idql", "srpo", 385), ("dtql_continuous", "fql", 500)],
+    [("idql", "dql", 325), ("iql", "idql", 290), ("idql", "srpo", 385), ("dtql_continuous", "fql", 500)],
 )
 def test_neighbours_differ_in_what_their_heads_say(one, other, most):
     """`diff` of two neighbours shows their samplers, losses and uses of Q, not the rest: what they share is the same text."""
