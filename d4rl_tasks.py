@@ -253,10 +253,42 @@ _PAGE = """# Tasks
 | D4RL | `hopper-medium-v2`, the 26 ids below | D4RL's file in `$D4RL_DATASET_DIR` (else `~/.d4rl/datasets`), downloaded if it is missing; `$D4RL_BASE_URL` names another server | D4RL's, rebuilt on Gymnasium: this page |
 | Minari | `D4RL/pen/human-v2`, any id with a slash | where Minari keeps it (`$MINARI_DATASETS_PATH`), downloaded if it is missing | the data set's own |
 | mazes | `dtql/pointmaze-umaze-v0` (the demo), `dtql/pointmaze-medium-v0`, `dtql/pointmaze-large-v0` | collected in a minute by a scripted controller that drives between random cells | gymnasium-robotics' PointMaze, from one end of the longest shortest path to the other |
+| OGBench | `antmaze-large-navigate-singletask-v0`, `cube-single-play-singletask-task2-v0`, ... | OGBench's file in `$OGBENCH_DATASET_DIR` (else `~/.ogbench/data`), downloaded if it is missing from OGBench's server or its public mirror; `$OGBENCH_BASE_URL` comes before both | OGBench's, scored by success |
+| your own | `--data FILE`, with `--env-id` of any registered Gymnasium environment or without | an HDF5 or npz file: below | that one, or none: trained and not evaluated |
 
 A D4RL id always means D4RL's file and D4RL's environment, a Minari id Minari's data and its own environment: scores of the two are
 not comparable. `import d4rl_tasks` registers every D4RL id twice: `d4rl/<id>`, always the environment of this project, and `<id>`
 itself, unless somebody else holds that name.
+
+Downloads go on where they were cut off (`FILE.part`), if the server's file has not changed. A complete file gets a `FILE.sha256`; at
+the next start another process compares the two, once. A file that has changed is refused from then on.
+
+## OGBench
+
+State-based single tasks, by their dataset's name: `{{environment}}-{{navigate, stitch, explore, play or noisy}}-singletask[-task1 to 5]-v0`.
+Rewards and masks are OGBench's (`ogbench.relabel_utils`): -1 and 0 in mazes, minus the number of unfinished parts elsewhere; the mask of
+the solved state, not the end of a trajectory, stops the bootstrap. The score is the share of episodes that are solved. Environments
+that draw from numpy's global state (mazes, also teleporting ones) get a state of their own, so that a seed says everything. ogbench
+1.2.2 takes success from the state before the step, as its 1.1 did not: published FQL numbers are of 1.1. `fql.py` has the official
+settings; DTQL's are a guess (AntMaze's row of Table 4 with batches of 256), never run on OGBench's own files, which were out of reach.
+Pixels, discrete actions and goal-conditioned tasks are refused.
+
+## Your own data
+
+```bash
+python dtql_continuous.py --data log.npz --env-id Pendulum-v1             # evaluated by return; a D4RL id has D4RL's score and settings
+python dtql_continuous.py --data arm.hdf5 --action-low -1 --action-high 1   # no environment: losses, a checkpoint, load_policy
+```
+
+| column | shape | |
+|---|---|---|
+| `observations`, `actions` | (N, S), (N, A) | floating-point actions, in the environment's or the given bounds; by default their own range, which is said |
+| `rewards`, `terminals` | (N,) | 1 where the task ended: no bootstrap there |
+| `timeouts` | (N,), optional | 1 in the last row of a trajectory that was only cut; that row is dropped if it has no next observation |
+| `next_observations` | (N, S), optional | else the next row is taken |
+
+What could be read in two ways is refused with the question: rows that are terminal and timeout, files in which no trajectory ends,
+integer actions, actions that never change, one-dimensional actions, observations that are images.
 
 ## The paper's 26 D4RL tasks
 
