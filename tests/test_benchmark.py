@@ -134,7 +134,7 @@ def test_report_of_made_up_runs(tmp_path):
     assert len(scores) == 4 and scores["hopper-medium-v2", "bc", "1"]["best"] == "31.0"
     assert scores["hopper-medium-v2", "bc", "1"]["updates"] == "3000"
     times = table(text, "## Time")["hopper-medium-v2"]
-    assert (times["seeds at once"], times["training, s"], times["evaluation, s"]) == ("2", "60", "21")
+    assert (times["models at once"], times["training, s"], times["evaluation, s"]) == ("2", "60", "21")
     for picture in ("curves_gym.png", "profile.png", "budget.png"):
         assert picture in text and (tmp_path / picture).stat().st_size > 5000
 

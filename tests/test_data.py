@@ -18,7 +18,6 @@ from helpers import ROOT, make_args, write_d4rl
 
 import d4rl_tasks
 import data
-import download
 import dtql_continuous as dtql
 from common import UserError
 
@@ -239,19 +238,19 @@ def test_two_processes_download_once(hopper, monkeypatch):
 
 def test_checksum_is_kept_and_compared_once_in_another_process(hopper, monkeypatch, capfd):
     content, sums = hopper.read_bytes(), hopper.with_name(f"{hopper.name}.sha256")
-    download._checking.clear()  # of other tests
+    data._checking.clear()  # of other tests
     hopper.unlink()
     monkeypatch.setenv("D4RL_BASE_URL", Server(content).url)
     data.load_task("hopper-medium-v2")
     assert sums.read_text() == f"{hashlib.sha256(content).hexdigest()}  {hopper.name}\n"
     data.load_task("hopper-medium-v2")  # the next start
-    download._checking.pop().wait()
+    data._checking.pop().wait()
     assert sums.read_text().splitlines()[1:] == ["# checked"]
     data.load_task("hopper-medium-v2")
-    assert not download._checking  # never again
+    assert not data._checking  # never again
     sums.write_text(f"{hashlib.sha256(b'else').hexdigest()}  {hopper.name}\n")
     data.load_task("hopper-medium-v2")  # not held up; told by the other process, and refused from then on
-    download._checking.pop().wait()
+    data._checking.pop().wait()
     assert capfd.readouterr().err.count("is not what was downloaded") == 1
     with pytest.raises(UserError, match="delete it to download it again"):
         data.load_task("hopper-medium-v2")
