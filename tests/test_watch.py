@@ -13,15 +13,24 @@ import watch
 from common import UserError
 
 
+@pytest.fixture(autouse=True)
+def no_choice_yet(monkeypatch):
+    for name in ("MUJOCO_GL", "PYOPENGL_PLATFORM"):
+        monkeypatch.setenv(name, "")  # put back at the end
+        monkeypatch.delenv(name)
+
+
 @pytest.fixture
 def run_dir(hopper, tmp_path):
     return dtql.main(make_args(tmp_path, epochs=0, pretrain_epochs=0, eval_episodes=1))["run_dir"]
 
 
-def test_an_episode_becomes_a_gif(run_dir, tmp_path, monkeypatch):
+def test_an_episode_becomes_a_gif(run_dir, tmp_path):
     if watch.find_renderer() is None:
         pytest.skip("nothing renders here")
-    (file,) = watch.main(watch.Args(run_dir, out=str(tmp_path / "out")))
+    result = run_script(run_dir, "--out", tmp_path / "out", script="watch.py")  # how mujoco renders is settled once per process
+    assert result.returncode == 0, result.stderr
+    file = tmp_path / "out" / "watch.gif"
     with Image.open(file) as picture:
         assert picture.size == (watch.WIDTH, watch.HEIGHT) and picture.n_frames > 2
         first = np.array(picture.convert("RGB"), int)
@@ -39,12 +48,7 @@ def test_without_a_renderer_one_line_says_what_to_install(run_dir, tmp_path):
 def test_the_ways_through_a_maze(tmp_path, monkeypatch):
     """Walls where the maze has them, ways that begin at the start, and whoever is rewarded has reached the goal."""
     monkeypatch.setenv("D4RL_DATASET_DIR", str(tmp_path / "data"))
-    write_d4rl(
-        tmp_path / "data" / d4rl_tasks.TASKS["antmaze-umaze-v2"].file,
-        600,
-        observations=np.zeros((600, 29)),
-        actions=np.zeros((600, 8)),
-    )
+    write_d4rl(tmp_path / "data" / d4rl_tasks.TASKS["antmaze-umaze-v2"].file, obs_dim=29, action_dim=8)
     args = make_args(tmp_path, env_id="antmaze-umaze-v2", epochs=0, pretrain_epochs=0, eval_episodes=1)
     run = dtql.main(args)["run_dir"]
     (file,) = watch.main(watch.Args(run, episodes=0, paths=2, out=str(tmp_path)))
