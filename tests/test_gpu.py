@@ -16,12 +16,19 @@ from helpers import (
     prepared,
     rows_of,
     run_updates,
+    updates,
     whole_and_resumed,
 )
 
+import bc
 import common
+import dql
 import dtql_continuous as dtql
+import fql
+import idql
+import iql
 import kl_distill
+import srpo
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -44,6 +51,25 @@ def test_captured_compiled_and_eager_updates_agree(module, changes):
     for mode in MODES:
         agents.append(make_agent(**settings, **mode))
         before = run_updates(agents[-1], each=100)
+        random_states.append(torch.cuda.get_rng_state())
+    for agent, random_state in zip(agents[1:], random_states[1:]):
+        assert_updates_agree(agent, agents[0], before)
+        assert torch.equal(random_state, random_states[0])
+
+
+@pytest.mark.parametrize("module", [bc, iql, idql, dql, srpo, fql])
+def test_the_siblings_captured_compiled_and_eager_updates_agree(module):
+    """Every phase, 50 updates each."""
+    agents, random_states = [], []
+    for mode in MODES:
+        agent = make_agent(2, 11, 3, module=module, device="cuda", **mode)
+        before = copy.deepcopy(agent.models.params)
+        torch.manual_seed(7)
+        for update in updates(agent):
+            fast = agent.models.prepare(update, mode["cudagraphs"])
+            for _ in range(50):
+                fast()
+        agents.append(agent)
         random_states.append(torch.cuda.get_rng_state())
     for agent, random_state in zip(agents[1:], random_states[1:]):
         assert_updates_agree(agent, agents[0], before)
