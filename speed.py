@@ -59,13 +59,13 @@ class Args:
 
     cuda: bool = torch.cuda.is_available()
     """measure on the GPU"""
-    models: tuple[int, ...] = (1, 5)
+    models: tuple[int, ...] = (1, 5) if torch.cuda.is_available() else (1,)
     """numbers of models that train at once"""
     batch_sizes: tuple[int, ...] = (256, 2048)
     """transitions per update and model"""
     methods: tuple[str, ...] = METHODS
     """methods to compare"""
-    rounds: int = 5
+    rounds: int = 3
     """how often each variant is measured"""
     seconds: float = 0.5
     """for how long each time, at least"""
