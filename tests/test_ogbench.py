@@ -180,7 +180,19 @@ def test_bad_files(folder, tmp_path):
 
 def test_command_line(folder, tmp_path):
     write(folder, IDS[0])
-    result = run_script("--env-id", IDS[0], *FLAGS, "--run-dir", tmp_path / "runs", "--epochs", "0", "--eval-episodes", "1")
+    result = run_script(
+        "--env-id",
+        IDS[0],
+        *FLAGS,
+        "--pretrain-epochs=0",
+        "--num-candidates=8",
+        "--run-dir",
+        tmp_path / "runs",
+        "--epochs",
+        "0",
+        "--eval-episodes",
+        "1",
+    )
     assert result.returncode == 0, result.stderr
     (run_dir,) = (tmp_path / "runs").iterdir()
     with open(run_dir / "eval.csv") as table:

@@ -84,7 +84,7 @@ def test_trains_and_evaluates(tmp_path, module):
 def test_without_an_environment(tmp_path, capsys):
     """The command line: losses, a checkpoint and a policy in the data's units, and no evaluation; resumed too."""
     file = save(tmp_path / "arm.hdf5", **columns())
-    result = run_script("--data", file, *FLAGS, "--run-dir", tmp_path / "runs")
+    result = run_script("--data", file, *FLAGS, "--pretrain-epochs=1", "--run-dir", tmp_path / "runs")
     assert result.returncode == 0, result.stderr
     assert "action bounds are the range of" in result.stdout and "without a score" in result.stdout
     (run_dir,) = (tmp_path / "runs").iterdir()
