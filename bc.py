@@ -223,7 +223,7 @@ class BC:
 
     def update(self) -> None:
         """One step of Adam. Tensors only, of static shapes."""
-        shape = self.args.num_models, self.args.batch_size
+        shape = self.models.num_models, self.args.batch_size
         batch = self.data.sample(*shape)
         sigma = sample_sigma(torch.rand(*shape, 1, device=self.device))
         noise = torch.randn(*shape, self.action_dim, device=self.device)

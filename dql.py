@@ -282,8 +282,8 @@ class DQL:
 
     def update(self) -> None:
         """One update: Qs, policy, its average, targets, on one minibatch. Tensors only, of static shapes."""
-        args, models, shape = self.args, self.models, (self.args.num_models, self.args.batch_size)
-        batch, num_models, width = self.data.sample(*shape), args.num_models, STEPS * self.action_dim
+        args, models, shape = self.args, self.models, (self.models.num_models, self.args.batch_size)
+        batch, num_models, width = self.data.sample(*shape), models.num_models, STEPS * self.action_dim
         step = torch.randint(STEPS, (*shape, 1), device=self.device)
         noise = torch.randn(*shape, self.action_dim, device=self.device)
         z = torch.randn(*shape, width, device=self.device)

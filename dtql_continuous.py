@@ -336,7 +336,7 @@ class DTQL:
 
     def update(self, training: bool) -> None:
         """One iteration of Algorithm 1; pretraining ends after the diffusion policy. Tensors only, of static shapes."""
-        args, models, shape = self.args, self.models, (self.args.num_models, self.args.batch_size)
+        args, models, shape = self.args, self.models, (self.models.num_models, self.args.batch_size)
         batch = self.data.sample(*shape)
         sigma = sample_sigma(torch.rand(2, *shape, 1, device=self.device))
         noise = torch.randn(3, *shape, self.action_dim, device=self.device)

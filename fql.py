@@ -231,9 +231,9 @@ class FQL:
 
     def update(self) -> None:
         """One step of Adam for all networks, then the targets. Tensors only, of static shapes."""
-        args, models, shape = self.args, self.models, (self.args.num_models, self.args.batch_size)
+        args, models, shape = self.args, self.models, (self.models.num_models, self.args.batch_size)
         batch = self.data.sample(*shape)
-        noise = torch.randn(args.num_models, 3, args.batch_size, self.action_dim, device=self.device)
+        noise = torch.randn(models.num_models, 3, args.batch_size, self.action_dim, device=self.device)
         time = torch.rand(*shape, 1, device=self.device)
         models.step(self.loss, batch, noise, time)
         models.average("target_critic", "critic", args.tau)

@@ -296,12 +296,12 @@ class IDQL:
 
     def update(self) -> None:
         """One update: diffusion policy and its average, V, Q, targets, on one minibatch. Tensors only, of static shapes."""
-        args, models, shape = self.args, self.models, (self.args.num_models, self.args.batch_size)
+        args, models, shape = self.args, self.models, (self.models.num_models, self.args.batch_size)
         batch, masks = self.data.sample(*shape), ()
         step = torch.randint(STEPS, (*shape, 1), device=self.device)
         noise = torch.randn(*shape, self.action_dim, device=self.device)
         if args.dropout:
-            keep = torch.rand(args.num_models, BLOCKS, args.batch_size, HIDDEN, device=self.device) >= args.dropout
+            keep = torch.rand(models.num_models, BLOCKS, args.batch_size, HIDDEN, device=self.device) >= args.dropout
             masks = (keep / (1 - args.dropout),)
         decay = (1 + torch.cos(math.pi * self.train_step / args.total_steps)) / 2
 

@@ -242,10 +242,10 @@ class IQL:
 
     def update(self) -> None:
         """One update: V, policy, Q, targets, all on one minibatch. Tensors only, of static shapes."""
-        args, models, shape = self.args, self.models, (self.args.num_models, self.args.batch_size)
+        args, models, shape = self.args, self.models, (self.models.num_models, self.args.batch_size)
         batch, masks = self.data.sample(*shape), ()
         if args.dropout:
-            keep = torch.rand(args.num_models, 2, args.batch_size, HIDDEN, device=self.device) >= args.dropout
+            keep = torch.rand(models.num_models, 2, args.batch_size, HIDDEN, device=self.device) >= args.dropout
             masks = (keep / (1 - args.dropout),)
         decay = (1 + torch.cos(math.pi * self.train_step / args.total_steps)) / 2
 

@@ -316,7 +316,7 @@ class KLDistill:
 
     def update(self, training: bool) -> None:
         """One iteration of Algorithm 2's loops, with the critic. Tensors only, of static shapes."""
-        args, models, shape = self.args, self.models, (self.args.num_models, self.args.batch_size)
+        args, models, shape = self.args, self.models, (self.models.num_models, self.args.batch_size)
         batch = self.data.sample(*shape)
         sigma = sample_sigma(torch.rand(3, *shape, 1, device=self.device))
         noise = torch.randn(5, *shape, self.action_dim, device=self.device)

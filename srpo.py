@@ -328,20 +328,20 @@ class SRPO:
 
     def noise(self, batch_size: int, low: float, high: float) -> tuple[Tensor, Tensor]:
         """Uniform times in [low, high) and Gaussian noise, (K, B, 1) and (K, B, A)."""
-        shape = self.args.num_models, batch_size
+        shape = self.models.num_models, batch_size
         time = low + (high - low) * torch.rand(*shape, 1, device=self.device)
         return time, torch.randn(*shape, self.action_dim, device=self.device)
 
     def update_denoiser(self) -> None:
         """The diffusion model."""
-        args, batch_size = self.args, self.args.diffusion_batch_size
-        batch, inputs = self.data.sample(args.num_models, batch_size), self.noise(batch_size, 0.001, 1.0)
-        keep = torch.rand(args.num_models, BLOCKS, batch_size, HIDDEN, device=self.device) >= DROPOUT
+        batch_size = self.args.diffusion_batch_size
+        batch, inputs = self.data.sample(self.models.num_models, batch_size), self.noise(batch_size, 0.001, 1.0)
+        keep = torch.rand(self.models.num_models, BLOCKS, batch_size, HIDDEN, device=self.device) >= DROPOUT
         self.models.step(self.denoiser_loss, batch, *inputs, keep / (1 - DROPOUT))
 
     def update_critic(self) -> None:
         """Q, with V as it was; V; targets."""
-        batch = self.data.sample(self.args.num_models, self.args.batch_size)
+        batch = self.data.sample(self.models.num_models, self.args.batch_size)
         self.models.step(self.critic_loss, batch)
         self.models.step(self.value_loss, batch)
         self.models.average("target_critic", "critic", self.args.tau)
@@ -349,7 +349,7 @@ class SRPO:
     def update_actor(self) -> None:
         """The policy."""
         args = self.args
-        batch, inputs = self.data.sample(args.num_models, args.batch_size), self.noise(args.batch_size, 0.02, 0.98)
+        batch, inputs = self.data.sample(self.models.num_models, args.batch_size), self.noise(args.batch_size, 0.02, 0.98)
         decay = (1 + torch.cos(math.pi * self.train_step / (args.epochs * args.steps_per_epoch))) / 2
         self.models.step(self.actor_loss, batch, *inputs, decay=decay)
         self.train_step += 1

@@ -49,10 +49,8 @@ def find_renderer() -> str | None:
     """The first of MuJoCo's ways to render that works here, as MUJOCO_GL calls it."""
     window = ("glfw",) if os.environ.get("DISPLAY") or sys.platform != "linux" else ()
     for name in (os.environ["MUJOCO_GL"],) if "MUJOCO_GL" in os.environ else (*window, "egl", "osmesa"):
-        if (
-            subprocess.run([sys.executable, "-c", PROBE], env=os.environ | _environment(name), capture_output=True).returncode
-            == 0
-        ):
+        environment = os.environ | _environment(name)
+        if subprocess.run([sys.executable, "-c", PROBE], env=environment, capture_output=True).returncode == 0:
             return name
     return None
 
@@ -84,9 +82,9 @@ def episode(env: gym.Env, act: Callable[[np.ndarray], np.ndarray], seed: int) ->
 
 def walk(env: gym.Env, act: Callable[[np.ndarray], np.ndarray], episodes: int) -> tuple[list[np.ndarray], int]:
     """The ways (T, 2) through a maze in `episodes` episodes, and how many ended at the goal."""
-    paths, reached = [], 0
+    paths, reached, (_, state) = [], 0, simulation(env)
     for seed in common.progress_bar(iterable=range(episodes), desc="walking", unit="episode", leave=False):
-        points, rewards = zip(*((simulation(env)[1].qpos[:2].copy(), reward) for reward in episode(env, act, seed)))
+        points, rewards = zip(*((state.qpos[:2].copy(), reward) for reward in episode(env, act, seed)))
         paths.append(np.array(points))
         reached += max(rewards) > 0
     return paths, reached
