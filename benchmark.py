@@ -34,7 +34,6 @@ import report
 from common import UserError, check
 
 METHODS = ("dtql_continuous", "kl_distill", "bc", "iql", "idql", "dql", "srpo", "fql")
-SUITE_FILE = "suite.json"
 SHARED_VARIABLES = ("D4RL_DATASET_DIR", "D4RL_BASE_URL", "MINARI_DATASETS_PATH", "OGBENCH_DATASET_DIR", "OGBENCH_BASE_URL")
 
 
@@ -283,9 +282,9 @@ def run_all(args: Args, jobs: Sequence[Job]) -> list[str]:
 def open_suite(args: Args, flags: Sequence[str]) -> None:
     """Make the folder of this benchmark. Raises UserError if it cannot be written or belongs to another one."""
     out = Path(args.out_dir)
-    common.check_writable(out / SUITE_FILE, "--out-dir")
+    common.check_writable(out / report.SUITE_FILE, "--out-dir")
     suite = {"num_seeds": args.num_seeds, "one_run_per_seed": args.one_run_per_seed, "flags": list(flags)}
-    file = out / SUITE_FILE
+    file = out / report.SUITE_FILE
     if file.exists():
         try:
             before = json.loads(file.read_text())

@@ -35,6 +35,7 @@ PAPER_NAMES = {
 }
 PRETRAINING = ("pretrain_epochs", "diffusion_epochs", "critic_epochs")  # of the scripts that have it
 STATUS_FILE = "status.json"  # beside the folder of a run of benchmark.py: how it ended
+SUITE_FILE = "suite.json"  # in the folder of a benchmark: its seeds and the flags for its scripts
 
 _d4rl = list(d4rl_tasks.TASKS)
 GROUPS: dict[str, list[str]] = {
@@ -180,8 +181,25 @@ def read_status(folder: Path) -> dict[str, Any] | None:
         raise common.UserError(f"{file} is damaged ({common.line(error)}): delete it, and the run is looked at again") from None
 
 
+def flags_of(place: Path, folder: Path) -> str:
+    """The flags for the scripts of the benchmark that `place` is in, where `folder` holds it beside others; else "".
+
+    Raises UserError if they cannot be read.
+    """
+    inner = [parent for parent in place.parents if folder in parent.parents and (parent / SUITE_FILE).exists()]
+    if not inner:
+        return ""
+    try:
+        return " ".join(json.loads((inner[-1] / SUITE_FILE).read_text())["flags"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise common.UserError(f"{inner[-1] / SUITE_FILE} is damaged ({common.line(error)}): take it out of {folder}") from None
+
+
 def read_runs(folder: Path) -> list[Run]:
-    """All runs below a folder, however they were made; of several of one task, method and seed the longest."""
+    """All runs below a folder, however they were made; of several of one task, method and seed the longest.
+
+    Where it holds several benchmarks, their flags are part of their methods' names.
+    """
     found: dict[tuple[str, str, int], Run] = {}
     for config_file in sorted(folder.rglob("config.json")):
         try:
@@ -192,7 +210,7 @@ def read_runs(folder: Path) -> list[Run]:
             rows = read_table(run_dir / "eval.csv") if (run_dir / "eval.csv").exists() else []
             episodes = read_table(run_dir / "episodes.csv") if rows and (run_dir / "episodes.csv").exists() else []
             last = rows[-1]["epoch"] if rows else None
-            ended = read_status(run_dir.parent)
+            ended, flags = read_status(run_dir.parent), flags_of(run_dir, folder)
             seeds = range(args["seed"], args["seed"] + args["num_seeds"])
             settings = dict.fromkeys(row.get("setting", "") for row in rows) or [""]  # where several were trained at once
             for setting, seed in itertools.product(settings, seeds):
@@ -200,7 +218,7 @@ def read_runs(folder: Path) -> list[Run]:
                 own = [row for row in rows if of_this(row)]
                 run = Run(
                     args["env_id"],
-                    f"{config['exp_name']} {setting}".strip(),
+                    " ".join(filter(None, (config["exp_name"], flags, setting))),
                     seed,
                     [int(row["epoch"]) for row in own],
                     [float(row["score_mean"]) for row in own],
@@ -227,9 +245,10 @@ def read_runs(folder: Path) -> list[Run]:
 def read_failures(folder: Path) -> dict[tuple[str, str], set[str]]:
     """(task, method) -> why there is no whole run of it, of those that benchmark.py started."""
     failures = collections.defaultdict(set)
-    for ended in (read_status(file.parent) for file in sorted(folder.rglob(STATUS_FILE))):
+    for file in sorted(folder.rglob(STATUS_FILE)):
+        ended = read_status(file.parent)
         if ended["status"]:
-            failures[ended["task"], ended["method"]].add(ended["status"])
+            failures[ended["task"], f"{ended['method']} {flags_of(file, folder)}".strip()].add(ended["status"])
     return dict(failures)
 
 

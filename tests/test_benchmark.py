@@ -139,6 +139,25 @@ def test_report_of_made_up_runs(tmp_path):
         assert picture in text and (tmp_path / picture).stat().st_size > 5000
 
 
+def test_benchmarks_side_by_side_are_named_by_their_flags(tmp_path):
+    for name, flags, score in (("with", [], 40.0), ("without", ["--no-nll"], 20.0)):
+        make_run(tmp_path / name, method="dtql_continuous", scores=(score,))
+        (tmp_path / name / report.SUITE_FILE).write_text(json.dumps(dict(num_seeds=1, one_run_per_seed=False, flags=flags)))
+    failed = tmp_path / "without" / "walker2d-medium-v2" / "dtql_continuous" / "0"
+    failed.mkdir(parents=True)
+    status = dict(task="walker2d-medium-v2", method="dtql_continuous", seed=0, status="no data", seconds=1)
+    (failed / report.STATUS_FILE).write_text(json.dumps(status))
+    rows = table(report.write_report(tmp_path).read_text(), "## gym")
+    hopper = rows["hopper-medium-v2"]
+    assert (hopper["dtql_continuous, last"], hopper["dtql_continuous --no-nll, last"]) == ("40.0 ± 0.5", "20.0 ± 0.5")
+    assert rows["walker2d-medium-v2"]["dtql_continuous --no-nll, last"] == "failed [1]"
+    alone = table(report.write_report(tmp_path / "without").read_text(), "## gym")
+    assert alone["hopper-medium-v2"]["dtql_continuous, last"] == "20.0 ± 0.5"
+    (tmp_path / "with" / report.SUITE_FILE).write_text("{")
+    with pytest.raises(common.UserError, match="suite.json is damaged"):
+        report.write_report(tmp_path)
+
+
 def test_misprints_are_footnotes_of_whole_groups(tmp_path):
     for task in report.GROUPS["gym"]:
         make_run(tmp_path, task)

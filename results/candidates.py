@@ -1,0 +1,62 @@
+"""Scores by the number of candidate actions (Appendix D): python results/candidates.py OUT RUN_DIR [RUN_DIR ...]
+
+Evaluates all models of runs of dtql_continuous.py as at their end, but for the number of candidates; writes OUT.csv and OUT.png.
+"""
+
+import contextlib
+import csv
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import common  # noqa: E402
+import data  # noqa: E402
+import dtql_continuous as dtql  # noqa: E402
+
+CANDIDATES = (1, 4, 16, 64, 256, 1024)
+
+
+def evaluate(run_dir: str) -> list[dict[str, float | str]]:
+    """A row for each number of candidates and model. Raises UserError if that is no run."""
+    saved = common.open_checkpoint(f"{run_dir}/checkpoint.pt")
+    args = replace(dtql.Args(**common.settings_from(dtql.Args, saved["args"], run_dir)), compile=False)
+    task, rows = data.task_of(args), []
+    with contextlib.closing(common.make_lockstep_envs(task, args)) as envs:
+        for number in common.progress_bar(iterable=CANDIDATES, desc=args.env_id, unit="evaluation"):
+            agent = dtql.DTQL(replace(args, num_candidates=number), task, torch.device("cpu"))
+            agent.models.load_state_dict(saved["learner"])
+            result = dtql.evaluate(agent, task, envs, args.epochs)
+            for seed, scores, lengths in zip(args.model_seeds, result.scores, result.lengths):
+                row = dict(task=args.env_id, seed=seed, candidates=number, score=scores.mean(), std=scores.std())
+                rows.append(row | dict(length=lengths.mean(), episodes=len(scores), seconds=round(result.seconds, 1)))
+    return rows
+
+
+def main(out: str, *run_dirs: str) -> None:
+    rows = [row for run_dir in run_dirs for row in evaluate(run_dir)]
+    with open(f"{out}.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0].keys())
+        writer.writeheader()
+        writer.writerows(rows)
+    tasks = list(dict.fromkeys(row["task"] for row in rows))
+    figure = Figure(figsize=(4.2 * len(tasks), 3.4), layout="constrained")
+    for axes, task in zip(figure.subplots(1, len(tasks), squeeze=False)[0], tasks):
+        own = [row for row in rows if row["task"] == task]
+        axes.plot([row["candidates"] for row in own], [row["score"] for row in own], "o", markersize=4, alpha=0.5, label="a seed")
+        means = [np.mean([row["score"] for row in own if row["candidates"] == number]) for number in CANDIDATES]
+        axes.plot(CANDIDATES, means, label="mean")
+        axes.set_xscale("log", base=2)
+        axes.set(title=task, xlabel="candidates", ylabel="score", ylim=(-3, 103), xticks=CANDIDATES, xticklabels=CANDIDATES)
+        axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(f"{out}.png", dpi=110)
+
+
+if __name__ == "__main__":
+    common.run(lambda arguments: main(*arguments), lambda: sys.argv[1:])
