@@ -4,6 +4,7 @@ Nothing here knows the algorithms."""
 import contextlib
 import csv
 import dataclasses
+import datetime
 import errno
 import fcntl
 import importlib.metadata
@@ -13,6 +14,7 @@ import json
 import multiprocessing
 import os
 import platform
+import re
 import shutil
 import signal
 import sys
@@ -254,6 +256,17 @@ def find_device(args: Any) -> torch.device:
             f"--{flag}: PyTorch finds no usable GPU here; train on the CPU with --no-{flag}",
         )
     return torch.device("cuda" if args.cuda else "cpu")
+
+
+def device_name(device: torch.device) -> str:
+    """What the GPU, or the CPU and the threads that PyTorch uses, is called in results."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:
+        name = re.search(r"model name\s*: (.+)", Path("/proc/cpuinfo").read_text())[1]
+    except (OSError, TypeError):  # not Linux, or a processor that is not named there
+        name = platform.processor() or platform.machine()
+    return f"{name}, {torch.get_num_threads()} thread(s)"
 
 
 def seed_everything(seed: int, deterministic: bool) -> None:
@@ -711,13 +724,13 @@ class Run:
         for package in packages:
             with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # ogbench is needed for its tasks only
                 versions[package] = importlib.metadata.version(package)
-        name = torch.cuda.get_device_name() if self.device.type == "cuda" else f"{platform.machine()} CPU"
         config = {
             "format": FORMAT,
             "exp_name": self.exp_name,
             "args": dataclasses.asdict(self.args),
             "data": data,
-            "device": name,
+            "device": device_name(self.device),
+            "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             "versions": {"python": platform.python_version(), "torch": torch.__version__, **versions},
         }
         write_atomically(self.dir / Path(script).name, Path(script).read_bytes())

@@ -154,6 +154,7 @@ class Run(NamedTuple):
     episodes: np.ndarray  # scores in the last evaluation (E,)
     updates: int  # at the last evaluation, with pretraining
     device: str
+    date: str  # when it began
     finished: bool
     status: str  # "" or why it did not end as it should
     steps_per_epoch: int
@@ -227,6 +228,7 @@ def read_runs(folder: Path) -> list[Run]:
                     np.array([float(row["score"]) for row in episodes if row["epoch"] == last and of_this(row)]),
                     (int(last or 0) + sum(args.get(name, 0) for name in PRETRAINING)) * args["steps_per_epoch"],
                     config["device"],
+                    config.get("started", "")[:10],
                     bool(own) and int(own[-1]["epoch"]) == args["epochs"],
                     ended["status"] if ended else "",
                     args["steps_per_epoch"],
@@ -390,12 +392,12 @@ def time_section(cells: dict[tuple[str, str], list[Run]]) -> str:
     rows = []
     for (task, method), runs in cells.items():
         training, evaluation = (np.mean([getattr(run, name) for run in runs]) for name in ("train_seconds", "eval_seconds"))
-        together, devices = (sorted({str(getattr(run, name)) for run in runs}) for name in ("together", "device"))
-        updates = max(run.updates for run in runs)
-        rows.append(
-            [f"`{task}`", method, f"{updates:,}", "/".join(together), f"{training:.0f}", f"{evaluation:.0f}", ", ".join(devices)]
+        updates, times = f"{max(run.updates for run in runs):,}", (f"{training:.0f}", f"{evaluation:.0f}")
+        together, devices, dates = (
+            "/".join(sorted({str(getattr(run, n)) for run in runs})) for n in ("together", "device", "date")
         )
-    head = ["task", "method", "updates", "models at once", "training, s", "evaluation, s", "device"]
+        rows.append([f"`{task}`", method, updates, together, *times, devices, dates])
+    head = ["task", "method", "updates", "models at once", "training, s", "evaluation, s", "device", "date"]
     return "## Time\n\nSeconds of a run, with all models that it trains at once.\n\n" + markdown(head, rows)
 
 
@@ -439,7 +441,7 @@ def draw_lines(curves: dict[str, tuple[np.ndarray, np.ndarray]], file: Path, **a
 
 
 SCORE_FIELDS = ("task", "method", "seed", "updates", "last", "best", "episodes", "finished", "status", "train_seconds",
-                "eval_seconds", "device")  # fmt: skip
+                "eval_seconds", "device", "date")  # fmt: skip
 
 
 def write_report(folder: Path, expected: Iterable[tuple[str, str]] = ()) -> Path:

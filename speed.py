@@ -517,7 +517,7 @@ def main(args: Args) -> list[dict]:
     for file in (Path(args.csv), picture):
         common.check_writable(file, "--csv")  # now, not after all the measuring
     common.seed_everything(0, True)
-    name = torch.cuda.get_device_name() if args.cuda else f"CPU, {torch.get_num_threads()} thread(s)"
+    name = common.device_name(device)
     print(f"{name}, {platform.platform()}, Python {platform.python_version()}, torch {torch.__version__}")
     task, rows = random_task(), []
 

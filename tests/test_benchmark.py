@@ -76,7 +76,9 @@ def make_run(
     run_dir = out / task.replace("/", "-") / method / str(seed) / "run"
     run_dir.mkdir(parents=True)
     args = dict(env_id=task, seed=seed, num_seeds=num_seeds, epochs=epochs or 10 * len(scores), steps_per_epoch=100)
-    (run_dir / "config.json").write_text(json.dumps(dict(exp_name=method, device="a computer", args=args)))
+    (run_dir / "config.json").write_text(
+        json.dumps(dict(exp_name=method, device="a computer", started="2026-11-24T12:00:00+00:00", args=args))
+    )
     row = dict(return_mean=0, return_std=0, score_std=1, length_mean=5, train_seconds=60, eval_seconds=7, episodes=episodes)
     seeds = range(seed, seed + num_seeds)
     rows = [dict(row, epoch=10 * (i + 1), seed=one, score_mean=score + one) for i, score in enumerate(scores) for one in seeds]
@@ -135,6 +137,7 @@ def test_report_of_made_up_runs(tmp_path):
     assert scores["hopper-medium-v2", "bc", "1"]["updates"] == "3000"
     times = table(text, "## Time")["hopper-medium-v2"]
     assert (times["models at once"], times["training, s"], times["evaluation, s"]) == ("2", "60", "21")
+    assert (times["device"], times["date"]) == ("a computer", "2026-11-24")
     for picture in ("curves_gym.png", "profile.png", "budget.png"):
         assert picture in text and (tmp_path / picture).stat().st_size > 5000
 

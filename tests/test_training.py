@@ -1,5 +1,6 @@
 """Runs: learning, folders, interruption, resuming, evaluation, deployment, and one-line errors."""
 
+import datetime
 import json
 import os
 import re
@@ -87,6 +88,9 @@ def test_a_run_leaves_a_whole_folder(hopper, tmp_path):
     assert run_dir.name.startswith("hopper-medium-v2__dtql_continuous__7__")
     config = json.loads((run_dir / "config.json").read_text())
     assert config["args"]["batch_size"] == 32 and config["data"]["transitions"] == 588
+    assert config["device"].endswith(f", {torch.get_num_threads()} thread(s)")
+    started = datetime.datetime.fromisoformat(config["started"])
+    assert datetime.timedelta() <= datetime.datetime.now(datetime.UTC) - started < datetime.timedelta(minutes=5)
     assert config["data"]["origin"] == str(hopper) and config["versions"]["torch"] == torch.__version__
     rows = rows_of(run_dir)
     assert tuple(rows[0]) == common.EVAL_FIELDS
