@@ -1,6 +1,6 @@
 """Draw paths through a maze: python results/mazes.py OUT.png LABEL=RUN_DIR [LABEL=RUN_DIR ...]
 
-The first panel shows 100 of the data's episodes, the others 20 episodes of each run's first model, from the start to the goal.
+The first panel shows 100 of the data's episodes, the others four episodes of each of a run's models, from the start to the goal.
 """
 
 import importlib
@@ -24,8 +24,11 @@ def main(out: str, *runs: str) -> None:
     env = data.load_task(env_id).make_env()
     panels = {"data": [episode.observations["achieved_goal"] for episode in minari.load_dataset(env_id).sample_episodes(100)]}
     for label, folder, config in zip(labels, folders, configs):
-        act = importlib.import_module(config["exp_name"]).load_policy(f"{folder}/checkpoint.pt")
-        paths, reached = watch.walk(env, act, 20)
+        paths, reached = [], 0
+        for index in range(config["args"]["num_seeds"]):
+            act = importlib.import_module(config["exp_name"]).load_policy(f"{folder}/checkpoint.pt", index)
+            walked = watch.walk(env, act, 4)
+            paths, reached = paths + walked[0], reached + walked[1]
         panels[f"{label}: {reached} of {len(paths)} reach the goal"] = paths
     start = panels[list(panels)[1]][0][:1]  # of the policies, not of the data
     figure = Figure(figsize=(4.2 * len(panels), 3.6), layout="constrained")
