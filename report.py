@@ -424,7 +424,9 @@ def draw_curves(tasks: list[str], methods: list[str], cells: dict[tuple[str, str
         axes.grid(alpha=0.3)
     for axes in figure.axes[len(tasks) :]:
         axes.set_axis_off()
-    figure.legend(lines.values(), lines.keys(), loc="outside upper center", ncols=4, fontsize=9)
+    entry = 0.6 + 0.075 * max(map(len, lines))  # inches
+    ncols = int(min(4, max(1, figure.get_figwidth() // entry)))
+    figure.legend(lines.values(), lines.keys(), loc="outside upper center", ncols=ncols, fontsize=9)
     figure.savefig(file, dpi=110)
 
 
