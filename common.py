@@ -65,15 +65,15 @@ class Args:
     env_id: str = "dtql/pointmaze-umaze-v0"
     """D4RL (hopper-medium-v2), Minari (has a slash) or OGBench id (has singletask); the default is a demo that makes its data"""
     data: Annotated[str | None, tyro.conf.arg(metavar="FILE")] = None
-    """your own transitions, HDF5 or npz (docs/tasks.md), with --env-id of any Gymnasium environment, or not evaluated"""
+    """your own transitions, HDF5 or npz (docs/tasks.md); evaluated if --env-id names a Gymnasium environment"""
     action_low: tuple[float, ...] | None = None
     """lower bound of the actions in --data where there is no environment, one number or one for each; by default the data's"""
     action_high: tuple[float, ...] | None = None
-    """upper bound"""
+    """upper bounds, likewise"""
     seed: int = 0
     """seed of the first model; the next ones have seed + 1, seed + 2, ..."""
     num_seeds: int = 1
-    """how many independent models to train at once, of each combination where flags have several values"""
+    """how many independent models to train at once; as many of each combination where flags have several values"""
     cuda: bool = torch.cuda.is_available()
     """train on the GPU"""
     torch_deterministic: bool = True

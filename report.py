@@ -187,13 +187,14 @@ def flags_of(place: Path, folder: Path) -> str:
 
     Raises UserError if they cannot be read.
     """
-    inner = [parent for parent in place.parents if folder in parent.parents and (parent / SUITE_FILE).exists()]
-    if not inner:
+    files = (parent / SUITE_FILE for parent in place.parents if folder in parent.parents)
+    file = next((file for file in files if file.exists()), None)
+    if file is None:
         return ""
     try:
-        return " ".join(json.loads((inner[-1] / SUITE_FILE).read_text())["flags"])
+        return " ".join(json.loads(file.read_text())["flags"])
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise common.UserError(f"{inner[-1] / SUITE_FILE} is damaged ({common.line(error)}): take it out of {folder}") from None
+        raise common.UserError(f"{file} is damaged ({common.line(error)}): take it out of {folder}") from None
 
 
 def read_runs(folder: Path) -> list[Run]:

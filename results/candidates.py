@@ -4,14 +4,13 @@ Evaluates all models of runs of dtql_continuous.py as at their end, but for the 
 """
 
 import contextlib
-import csv
 import sys
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
-from matplotlib.figure import Figure
+from entropy import panel_per_task
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
@@ -40,20 +39,15 @@ def evaluate(run_dir: str) -> list[dict[str, float | str]]:
 
 def main(out: str, *run_dirs: str) -> None:
     rows = [row for run_dir in run_dirs for row in evaluate(run_dir)]
-    with open(f"{out}.csv", "w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0].keys())
-        writer.writeheader()
-        writer.writerows(rows)
-    tasks = list(dict.fromkeys(row["task"] for row in rows))
-    figure = Figure(figsize=(4.2 * len(tasks), 3.4), layout="constrained")
-    for axes, task in zip(figure.subplots(1, len(tasks), squeeze=False)[0], tasks):
+    common.write_atomically(Path(f"{out}.csv"), common.to_csv(list(rows[0]), rows))
+    figure, panels = panel_per_task(rows)
+    for task, axes in panels.items():
         own = [row for row in rows if row["task"] == task]
         axes.plot([row["candidates"] for row in own], [row["score"] for row in own], "o", markersize=4, alpha=0.5, label="a seed")
         means = [np.mean([row["score"] for row in own if row["candidates"] == number]) for number in CANDIDATES]
         axes.plot(CANDIDATES, means, label="mean")
         axes.set_xscale("log", base=2)
-        axes.set(title=task, xlabel="candidates", ylabel="score", ylim=(-3, 103), xticks=CANDIDATES, xticklabels=CANDIDATES)
-        axes.grid(alpha=0.3)
+        axes.set(xlabel="candidates", ylabel="score", ylim=(-3, 103), xticks=CANDIDATES, xticklabels=CANDIDATES)
     axes.legend()
     figure.savefig(f"{out}.png", dpi=110)
 
