@@ -3,6 +3,7 @@
 Evaluates all models of runs of dtql_continuous.py as at their end, but for the number of candidates; writes OUT.csv and OUT.png.
 """
 
+import argparse
 import contextlib
 import sys
 from dataclasses import replace
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from entropy import panel_per_task
+from runs import panel_per_task
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
@@ -37,9 +38,9 @@ def evaluate(run_dir: str) -> list[dict[str, float | str]]:
     return rows
 
 
-def main(out: str, *run_dirs: str) -> None:
-    rows = [row for run_dir in run_dirs for row in evaluate(run_dir)]
-    common.write_atomically(Path(f"{out}.csv"), common.to_csv(list(rows[0]), rows))
+def main(args: argparse.Namespace) -> None:
+    rows = [row for run_dir in args.runs for row in evaluate(run_dir)]
+    common.write_atomically(Path(f"{args.out}.csv"), common.to_csv(list(rows[0]), rows))
     figure, panels = panel_per_task(rows)
     for task, axes in panels.items():
         own = [row for row in rows if row["task"] == task]
@@ -49,8 +50,11 @@ def main(out: str, *run_dirs: str) -> None:
         axes.set_xscale("log", base=2)
         axes.set(xlabel="candidates", ylabel="score", ylim=(-3, 103), xticks=CANDIDATES, xticklabels=CANDIDATES)
     axes.legend()
-    figure.savefig(f"{out}.png", dpi=110)
+    figure.savefig(f"{args.out}.png", dpi=110)
 
 
 if __name__ == "__main__":
-    common.run(lambda arguments: main(*arguments), lambda: sys.argv[1:])
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("out", metavar="OUT")
+    parser.add_argument("runs", nargs="+", metavar="RUN_DIR")
+    common.run(main, parser.parse_args)

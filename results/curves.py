@@ -4,8 +4,6 @@ The line is the mean score over a run's models, the band the standard error over
 """
 
 import csv
-import json
-import sys
 from pathlib import Path
 
 import matplotlib
@@ -13,13 +11,13 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 import numpy as np  # noqa: E402
+from runs import labelled_runs  # noqa: E402
 
 
-def main(out: str, *curves: str) -> None:
+def main() -> None:
+    out, runs = labelled_runs(__doc__)
     figure, axes = plt.subplots(figsize=(6, 3.6), constrained_layout=True)
-    for curve in curves:
-        label, run_dir = curve.split("=", 1)
-        config = json.loads((Path(run_dir) / "config.json").read_text())
+    for label, run_dir, config in runs:
         with open(Path(run_dir) / "eval.csv") as file:
             rows = [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
         epochs = sorted({row["epoch"] for row in rows})
@@ -44,4 +42,4 @@ def main(out: str, *curves: str) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main()

@@ -4,12 +4,10 @@ Reads it from the runs' TensorBoard events, where it is the mean over 100 update
 which runs of the same task share a panel. It is that of the Gaussian before the tanh, in nats (log_std is bounded to [-5, 2]).
 """
 
-import json
 import sys
 from pathlib import Path
 
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+from runs import labelled_runs, panel_per_task
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -17,21 +15,10 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import common  # noqa: E402
 
 
-def panel_per_task(rows: list[dict]) -> tuple[Figure, dict[str, Axes]]:
-    """Panels side by side, one for each task in a table."""
-    tasks = list(dict.fromkeys(row["task"] for row in rows))
-    figure = Figure(figsize=(4.2 * len(tasks), 3.4), layout="constrained")
-    panels = dict(zip(tasks, figure.subplots(1, len(tasks), squeeze=False)[0]))
-    for task, axes in panels.items():
-        axes.set_title(task)
-        axes.grid(alpha=0.3)
-    return figure, panels
-
-
-def main(out: str, *runs: str) -> None:
-    rows = []
-    for label, run_dir in (run.split("=", 1) for run in runs):
-        task = json.loads((Path(run_dir) / "config.json").read_text())["args"]["env_id"]
+def main() -> None:
+    (out, runs), rows = labelled_runs(__doc__), []
+    for label, run_dir, config in runs:
+        task = config["args"]["env_id"]
         events = EventAccumulator(run_dir, size_guidance={"scalars": 0}).Reload()
         rows += [dict(task=task, label=label, update=e.step, entropy=e.value) for e in events.Scalars("losses/entropy")]
     common.write_atomically(Path(f"{out}.csv"), common.to_csv(list(rows[0]), rows))
@@ -46,4 +33,4 @@ def main(out: str, *runs: str) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main()

@@ -4,12 +4,12 @@ The first panel shows 100 of the data's episodes, the others four episodes of ea
 """
 
 import importlib
-import json
 import sys
 from pathlib import Path
 
 import minari
 from matplotlib.figure import Figure
+from runs import labelled_runs
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
@@ -17,13 +17,12 @@ import data  # noqa: E402
 import watch  # noqa: E402
 
 
-def main(out: str, *runs: str) -> None:
-    labels, folders = zip(*(run.split("=", 1) for run in runs))
-    configs = [json.loads((Path(folder) / "config.json").read_text()) for folder in folders]
-    env_id = configs[0]["args"]["env_id"]
+def main() -> None:
+    out, runs = labelled_runs(__doc__)
+    env_id = runs[0][2]["args"]["env_id"]
     env = data.load_task(env_id).make_env()
     panels = {"data": [episode.observations["achieved_goal"] for episode in minari.load_dataset(env_id).sample_episodes(100)]}
-    for label, folder, config in zip(labels, folders, configs):
+    for label, folder, config in runs:
         paths, reached = [], 0
         for index in range(config["args"]["num_seeds"]):
             act = importlib.import_module(config["exp_name"]).load_policy(f"{folder}/checkpoint.pt", index)
@@ -39,4 +38,4 @@ def main(out: str, *runs: str) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main()

@@ -42,3 +42,12 @@ def test_entropy_comes_from_the_events(run_dir, tmp_path):
     assert {row["label"] for row in rows} == {"with NLL", "again"} and {row["task"] for row in rows} == {"hopper-medium-v2"}
     assert all(-30 < float(row["entropy"]) < 30 for row in rows)
     assert (tmp_path / "out.png").stat().st_size > 5000
+
+
+@pytest.mark.parametrize("script", ("candidates.py", "curves.py", "entropy.py", "mazes.py"))
+@pytest.mark.parametrize("arguments", ((), ("out", "label=nowhere"), ("out", "nowhere")))
+def test_a_wrong_command_line_is_one_message(script, arguments, tmp_path):
+    command = [sys.executable, ROOT / "results" / script, *arguments]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert result.returncode == 2 and "Traceback" not in result.stderr
+    assert "error: " in result.stderr.splitlines()[-1] and not any(tmp_path.iterdir())
