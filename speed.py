@@ -441,13 +441,13 @@ def measure_acting(task: data.Task, args: Args, device: torch.device) -> list[di
     empty = data.Task.without_data(obs_dim=OBS_DIM, action_low=task.action_low, action_high=task.action_high)
     agents = {method: make_agent(method, empty, args, device) for method in args.methods}
     generator, states = torch.Generator(device).manual_seed(0), np.zeros((1, common.MAX_COPIES, OBS_DIM), np.float32)
-    act = lambda method, obs: agents[method].best_of(agents[method].models.params, obs, generator)
-    one = in_turn({method: functools.partial(act, method, states[:, :1]) for method in agents}, args, device)
-    many = in_turn({method: functools.partial(act, method, states) for method in agents}, args, device)
+    act = lambda method, size, obs: agents[method].best_of(agents[method].models.params, obs, generator, size)
+    one = in_turn({method: functools.partial(act, method, 1, states[:, :1]) for method in agents}, args, device)
+    many = in_turn({method: functools.partial(act, method, None, states) for method in agents}, args, device)
     rows, envs = [], common.LockstepEnvs(task.make_env, [0])
     for method in agents:
         started = time.perf_counter()
-        _, lengths = common.run_episodes(envs, functools.partial(act, method), np.zeros(1, int))
+        _, lengths = common.run_episodes(envs, functools.partial(act, method, 1), np.zeros(1, int))
         seconds = time.perf_counter() - started
         row = {
             "what": "acting",

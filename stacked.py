@@ -414,6 +414,7 @@ def capture(update: Callable[[], None]) -> Callable[[], None]:
 # ---- acting ------------------------------------------------------------------------------------------------------------
 
 BLOCK = 64  # candidates that the second Q judges at a time
+ROWS = 256  # candidates that a CPU judges at a time: enough for an efficient product, few enough for its cache
 
 
 class BestOf:
@@ -479,13 +480,16 @@ class BestOf:
         return candidates.take_along_dim(chosen[..., None], 2)[:, :, 0]
 
     @torch.no_grad()
-    def __call__(self, params: dict[str, Params], obs: np.ndarray, generator: torch.Generator) -> np.ndarray:
-        """Actions (K, n, A) of K models in the environment's units for observations (K, n, S)."""
+    def __call__(
+        self, params: dict[str, Params], obs: np.ndarray, generator: torch.Generator, size: int | None = None
+    ) -> np.ndarray:
+        """Actions (K, n, A) of K models in the environment's units for observations (K, n, S), `size` states at a time."""
         device, n = self.low.device, obs.shape[1]
         p = {network: detach(params[network]) for network in self.networks}
-        one_by_one = self.q is not None and device.type == "cpu"  # so that a state's candidates stay in the cache
-        # One shape, compiled once: all copies of the environment, or one state
-        size = 1 if one_by_one else -(-common.MAX_COPIES // len(obs))
+        if size is None:  # one shape, compiled once: all copies of the environment, on a CPU as many as make ROWS candidates
+            size = -(-common.MAX_COPIES // len(obs))
+            if self.q is not None and device.type == "cpu":
+                size = max(1, min(size, ROWS // self.num_candidates))
         padded = F.pad(torch.as_tensor(obs, dtype=torch.float32, device=device), (0, 0, 0, -n % size))
         chosen = []
         for part in padded.split(size, 1):
@@ -515,7 +519,7 @@ class BestOf:
                 f"observations must have shape ({obs_dim},) or (B, {obs_dim}), not {obs.shape}",
             )
             check(bool(np.isfinite(obs).all()), "observations must be finite: there is NaN or infinity among them")
-            actions = self(params, np.atleast_2d(obs)[None], generator)[0]
+            actions = self(params, np.atleast_2d(obs)[None], generator, size=None if obs.ndim == 2 else 1)[0]
             return actions if obs.ndim == 2 else actions[0]
 
         act.about = about
