@@ -19,7 +19,7 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple, TextIO
 
 import gymnasium as gym
 import h5py
@@ -428,15 +428,14 @@ def download(urls: Sequence[str], file: Path, advice: str, check_file: Callable[
     `file` appears only when it is complete and `check_file` raises nothing. What was cut off stays as FILE.part and is continued
     if its source has not changed. Raises UserError, ending in `advice`, if no source gives the file or it cannot be written.
     """
-    part, failures = file.with_name(f"{file.name}.part"), []
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        target = open(part, "ab")
-    except OSError as error:
-        raise UserError(f"cannot write {file} ({error.strerror or line(error)}). {advice}") from None
-    source = file.with_name(f"{file.name}.part.source")
-    with target:
-        _wait_for_lock(target, file)
+    part, source, failures = file.with_name(f"{file.name}.part"), file.with_name(f"{file.name}.part.source"), []
+    with contextlib.ExitStack() as opened:
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            opened.enter_context(_locked(source, file))
+            target = opened.enter_context(open(part, "ab"))
+        except OSError as error:
+            raise UserError(f"cannot write {file} ({error.strerror or line(error)}). {advice}") from None
         if not file.exists():  # another process may have been faster
             for url in urls:
                 try:
@@ -460,20 +459,30 @@ def download(urls: Sequence[str], file: Path, advice: str, check_file: Callable[
     check(file.exists(), f"cannot download {', nor '.join(failures)}. {advice}")
 
 
-def _wait_for_lock(target: BinaryIO, file: Path) -> None:
-    try:
-        fcntl.lockf(target, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):
-        print(f"waiting for another process, which downloads {file}", file=sys.stderr)
-        fcntl.lockf(target, fcntl.LOCK_EX)
-    except OSError:  # a file system without locks: go on without
-        pass
+def _locked(source: Path, file: Path) -> TextIO:
+    """`source`, open, as soon as no other process downloads `file`.
+
+    With flock: a POSIX lock would end when this process closes the same file elsewhere. Not on FILE.part, which HDF5 locks.
+    """
+    while True:
+        lock = open(source, "a")
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"waiting for another process, which downloads {file}", file=sys.stderr)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        except OSError:  # a file system without locks: go on without
+            return lock
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(lock.fileno()), source.stat()):
+                return lock
+        lock.close()  # the other process is done, and has taken it away
 
 
 def _download(url: str, target: BinaryIO, source: Path, name: str) -> None:
     """Append to `target` what it lacks of `url`; all of it unless `source` says that it began there and is unchanged."""
     target.seek(0, os.SEEK_END)
-    known = source.read_text().splitlines() if source.exists() else []
+    known = source.read_text().splitlines()
     request = urllib.request.Request(url)
     if target.tell() and known[:1] == [url] and len(known) == 2:
         request.headers |= {"Range": f"bytes={target.tell()}-", "If-range": known[1]}
