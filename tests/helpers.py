@@ -87,6 +87,11 @@ def run_script(*arguments: object, script: str = "dtql_continuous.py", **environ
     )
 
 
+def run_here(module, *flags: object) -> Path:
+    """The folder of a run of a script's `main` with these flags, in this process."""
+    return Path(module.main(common.parse_args(module.Args, module.task_defaults, [*map(str, flags)]))["run_dir"])
+
+
 def make_task(*arrays: np.ndarray, low: float = -1.0, high: float = 1.0) -> data.Task:
     """A task of the given obs, actions, rewards, terminals, next_obs, with an environment that nobody steps."""
     arrays = [np.asarray(array, np.float32) for array in arrays]
@@ -245,3 +250,20 @@ def wait_for(parent: Path, pattern: str = "*/checkpoint.pt") -> Path:
     """The folder of the first file below `parent` that matches, as soon as there is one."""
     until(lambda: any(parent.glob(pattern)), 120)
     return next(parent.glob(pattern)).parent
+
+
+# ---- pages -------------------------------------------------------------------------------------------------------------
+
+
+def table(text: str, heading: str) -> dict[str, dict[str, str]]:
+    """The first Markdown table below a heading: first cell of a row -> column -> cell."""
+    lines = text[text.index(heading) :].splitlines()
+    lines = [line for line in lines if line.startswith("|")]
+    head = [cell.strip() for cell in lines[0].strip("|").split("|")]
+    rows = {}
+    for line in lines[2:]:
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        if len(cells) != len(head):
+            break
+        rows.setdefault(cells[0].strip("`"), dict(zip(head, cells)))
+    return rows

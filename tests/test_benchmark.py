@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import FLAGS, ROOT, command, make_args, params_of, run_script, until
+from helpers import FLAGS, ROOT, command, make_args, params_of, run_here, run_script, table, until
 
 import bc
 import benchmark
@@ -97,20 +97,6 @@ def make_run(
     ]
     (run_dir / "episodes.csv").write_bytes(common.to_csv(common.EPISODE_FIELDS, each))
     return run_dir
-
-
-def table(text: str, heading: str) -> dict[str, dict[str, str]]:
-    """The first Markdown table below a heading: first cell of a row -> column -> cell."""
-    lines = text[text.index(heading) :].splitlines()
-    lines = [line for line in lines if line.startswith("|")]
-    head = [cell.strip() for cell in lines[0].strip("|").split("|")]
-    rows = {}
-    for line in lines[2:]:
-        cells = [cell.strip() for cell in line.strip("|").split("|")]
-        if len(cells) != len(head):
-            break
-        rows.setdefault(cells[0].strip("`"), dict(zip(head, cells)))
-    return rows
 
 
 def test_report_of_made_up_runs(tmp_path):
@@ -237,8 +223,7 @@ def undisturbed(tmp_path: Path, seeds: range) -> dict[str, torch.Tensor]:
     """The parameters that runs of bc.py with these seeds have when nothing happens to them."""
     for seed in seeds:
         folder = tmp_path / "alone" / "hopper-medium-v2" / "bc" / str(seed)
-        flags = ["--env-id=hopper-medium-v2", f"--seed={seed}", f"--run-dir={folder}", "--no-cuda", "--no-cudagraphs", *SMALL]
-        bc.main(common.parse_args(bc.Args, bc.task_defaults, flags))
+        run_here(bc, "--env-id=hopper-medium-v2", f"--seed={seed}", f"--run-dir={folder}", "--no-cuda", "--no-cudagraphs", *SMALL)
     return parameters(tmp_path / "alone")
 
 

@@ -1,14 +1,29 @@
 """The scripts beside the results do what they say."""
 
 import csv
+import json
 import subprocess
 import sys
 
 import numpy as np
 import pytest
-from helpers import ROOT, make_args
+from helpers import ROOT, make_args, table
 
 import dtql_continuous as dtql
+import report
+
+RESULTS = ROOT / "results"
+MAZES = {"U-maze": "umaze", "medium": "medium", "large": "large"}
+COLUMNS = {
+    "DTQL": "dtql_continuous",
+    "KL": "kl_distill",
+    "cloning": "bc",
+    "IQL": "iql",
+    "IDQL": "idql",
+    "DQL": "dql",
+    "SRPO": "srpo",
+    "FQL": "fql",
+}
 
 
 @pytest.fixture
@@ -51,3 +66,63 @@ def test_a_wrong_command_line_is_one_message(script, arguments, tmp_path):
     result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert result.returncode == 2 and "Traceback" not in result.stderr
     assert "error: " in result.stderr.splitlines()[-1] and not any(tmp_path.iterdir())
+
+
+# ---- what the pages say is what the CSV files say ---------------------------------------------------------------------
+
+
+def cell(folder, maze, method, digits):
+    """(last ± standard error, best) of a method, % of the episodes in a maze that reach the goal."""
+    runs = report.by_cell(report.read_runs(RESULTS / folder))[f"dtql/pointmaze-{maze}-v0", method]
+    mean, error = report.mean_and_error(runs)
+    return f"{mean:.{digits}f} ± {error:.{digits}f}", f"{np.mean([max(run.scores) for run in runs]):.0f}"
+
+
+def test_the_readme_s_table_is_that_of_the_runs():
+    rows = table((ROOT / "README.md").read_text(), "## Results")
+    assert [name.split(",")[0] for name in rows] == list(MAZES)
+    for name, row in rows.items():
+        cells = {
+            column: " / ".join(cell("pointmaze", MAZES[name.split(",")[0]], method, 0)) for column, method in COLUMNS.items()
+        }
+        assert {column: row[column] for column in COLUMNS} == cells, name
+
+
+def test_the_table_of_the_paper_s_arguments_is_that_of_the_runs():
+    text = (RESULTS / "README.md").read_text()
+    lines = [line.strip("|").split("|") for line in text[text.index("## The paper's arguments") :].splitlines() if " ± " in line]
+    runs = {
+        "DTQL": ("nll", "dtql_continuous"),
+        "KL in place of the trust region (Table 5, Figure 8)": ("trust_region_or_kl", "kl_distill"),
+        "DTQL without NLL (Figure 5)": ("nll", "dtql_continuous --no-nll"),
+        "DTQL without pretraining (Table 3)": ("pretraining", "dtql_continuous --pretrain-epochs 0"),
+    } | {f"DTQL, alpha {alpha}": ("alpha", f"dtql_continuous alpha={alpha}") for alpha in ("0.1", "1", "10", "100")}
+    rows = {cells[0].strip(): [value.strip() for value in cells[1:7]] for cells in lines[: len(runs)]}
+    assert rows.keys() == runs.keys()
+    for name, (folder, method) in runs.items():
+        found = report.by_cell(report.read_runs(RESULTS / folder))
+        expected = []
+        for maze in ("medium", "large"):
+            expected += [f"{found[f'dtql/pointmaze-{maze}-v0', method][0].updates:,}", *cell(folder, maze, method, 1)]
+        assert rows[name] == expected, name
+
+
+def test_the_table_of_look_alike_data_is_that_of_the_runs():
+    text = (RESULTS / "README.md").read_text()
+    lines = [line.strip("|").split("|") for line in text[text.index("## Look-alike data") :].splitlines() if " ± " in line]
+    rows = {(task.strip(), COLUMNS[method.strip()]): [cell.strip() for cell in cells] for task, method, *cells in lines}
+    folders = {(folder.parent.name, folder.name): folder for folder in (RESULTS / "lookalike").glob("*/*/")}
+    assert rows.keys() == folders.keys()
+    for key, folder in folders.items():
+        config, evaluations = json.loads((folder / "config.json").read_text()), read(folder / "eval.csv")
+        args, last = config["args"], evaluations[-1]
+        assert (args["env_id"], config["exp_name"], args["epochs"]) == (*key, int(last["epoch"]))
+        expected = [
+            f"{args['pretrain_epochs']},000 + {args['epochs']},000" if "pretrain_epochs" in args else f"{args['epochs']},000",
+            f"{float(last['score_mean']):.1f} ± {float(last['score_std']) / int(last['episodes']) ** 0.5:.1f}",
+            f"{max(float(row['score_mean']) for row in evaluations):.1f}",
+            last["episodes"],
+            f"{float(last['train_seconds']) / 60:.0f}",
+            f"{config['device'].split(',')[0]}, {config['started'][:10]}",
+        ]
+        assert rows[key] == expected, key

@@ -20,7 +20,7 @@ import minari
 import numpy as np
 import pytest
 import torch
-from helpers import FLAGS, ROOT, assert_same_end, make_args, run_script, start, wait_for, write_d4rl
+from helpers import FLAGS, ROOT, assert_same_end, make_args, run_here, run_script, start, wait_for, write_d4rl
 
 import bc
 import common
@@ -75,7 +75,7 @@ def change_checkpoint(run_dir: Path, change) -> None:
 
 def resume(run_dir: Path, module=dtql) -> None:
     """As `--resume RUN_DIR` does it."""
-    module.main(common.parse_args(module.Args, module.task_defaults, ["--resume", str(run_dir)]))
+    run_here(module, "--resume", run_dir)
 
 
 @pytest.mark.parametrize(
@@ -262,15 +262,15 @@ def test_a_disk_that_is_full_at_the_start_leaves_no_folder(hopper, tmp_path):
 
 def test_a_disk_that_fills_up_in_mid_run(hopper, tmp_path):
     """The last checkpoint stays good, and the run goes on once there is room."""
-    assert start(*SMALL, "--epochs=20", "--run-dir", tmp_path / "whole").wait(120) == 0
-    process = start(*SMALL, "--epochs=20", "--run-dir", tmp_path / "runs")
+    whole = run_here(dtql, *SMALL, "--epochs=10", "--run-dir", tmp_path / "whole")
+    process = start(*SMALL, "--epochs=10", "--run-dir", tmp_path / "runs")
     run_dir = wait_for(tmp_path / "runs", "*/events*")
     resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (60_000, resource.RLIM_INFINITY))
     _, errors = process.communicate(timeout=120)
     assert_one_line((process.returncode, errors), "make room", "--resume", "is good")
     assert not list(run_dir.glob("*.tmp"))
     assert run_script("--resume", run_dir).returncode == 0
-    assert_same_end(wait_for(tmp_path / "whole"), run_dir)
+    assert_same_end(whole, run_dir)
 
 
 def test_a_folder_that_is_deleted_in_mid_run(hopper, tmp_path):

@@ -1,15 +1,13 @@
 """Compilation changes the time and nothing else; the measurements measure what they say."""
 
 import csv
-import os
-import subprocess
 import sys
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import FLAGS, ROOT, assert_same_end, make_agent, make_args, run_script, whole_and_resumed
+from helpers import FLAGS, assert_same_end, make_agent, make_args, run_here, run_script, whole_and_resumed
 
 import bc
 import common
@@ -88,9 +86,8 @@ def test_without_a_compiler_a_run_goes_on_with_one_note(hopper, tmp_path):
     )
     assert result.returncode == 0, result.stderr
     assert result.stderr.count("note: going on without --compile") == 1, result.stderr
-    eager = run_script(*flags, "--no-compile", "--run-dir", tmp_path / "b")
-    assert eager.returncode == 0, eager.stderr
-    assert_same_end(*(next((tmp_path / name).iterdir()) for name in "ab"))
+    eager = run_here(dtql, *flags, "--no-compile", "--run-dir", tmp_path / "b")
+    assert_same_end(next((tmp_path / "a").iterdir()), eager)
 
 
 @pytest.mark.parametrize(
@@ -107,19 +104,14 @@ def test_only_long_runs_are_compiled_unless_asked_for(flags, compiled):
     assert common.parse_args(dtql.Args, dtql.task_defaults, flags).compile == compiled
 
 
-def test_speed_table(tmp_path):
+def test_speed_table(tmp_path, monkeypatch):
     """The command of the README, cut short: every variant and method is there, and the parts belong to their updates."""
     table = tmp_path / "speed.csv"
     methods = ["dtql_continuous", "srpo", "fql"]
     flags = ["--no-cuda", "--models", "1", "--batch-sizes", "32", "--rounds", "1", "--seconds", "0.05", "--csv", table]
-    result = subprocess.run(
-        [sys.executable, ROOT / "speed.py", *flags, "--methods", *methods],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env=os.environ | {"TORCH_COMPILE_DISABLE": "1"},  # torch.compile then returns what it is given
-    )
-    assert result.returncode == 0, result.stderr
+    monkeypatch.setattr(speed, "ROWS", 5000)
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    speed.main(common.cli(speed.Args, [*map(str, flags), "--methods", *methods]))
     with open(table) as file:
         rows = list(csv.DictReader(file))
     by_name = {(row["what"], row["variant"]): row for row in rows}

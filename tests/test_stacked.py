@@ -55,7 +55,7 @@ def test_candidates_are_chosen_with_softmax_of_the_smaller_target_q():
         actions = agent.sample(p, obs[:, None], z)
         q = agent.critic(p["target_critic"], obs[:, None].expand(1, candidates, 3), actions)
         probabilities = torch.softmax(q.amin(0)[0], 0)
-        draws = 40_000
+        draws = 15_000
         gumbel = -torch.log(torch.empty(draws, candidates).exponential_())
         models = {net: {name: param[None] for name, param in params.items()} for net, params in p.items()}
         (chosen,) = agent.best_of.choose(models, obs.expand(1, draws, 3), z.expand(1, draws, candidates, 2), gumbel[None])

@@ -1,6 +1,7 @@
 """Runs: learning, folders, interruption, resuming, evaluation, deployment, and one-line errors."""
 
 import datetime
+import importlib
 import json
 import os
 import re
@@ -20,6 +21,7 @@ from helpers import (
     make_args,
     params_of,
     rows_of,
+    run_here,
     run_script,
     start,
     updates,
@@ -177,8 +179,7 @@ SCRIPTS = {
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_killed_at_any_moment_and_resumed_is_bit_equal(hopper, tmp_path, script):
     flags = (*RUN, *SCRIPTS[script])
-    assert start(*flags, "--run-dir", tmp_path / "whole", script=script).wait(120) == 0
-    whole = wait_for(tmp_path / "whole")
+    whole = run_here(importlib.import_module(script.removesuffix(".py")), *flags, "--run-dir", tmp_path / "whole")
     for attempt, delay in enumerate((0.1, 1.3) if script == "dtql_continuous.py" else (0.4,)):
         process = start(*flags, "--run-dir", tmp_path / f"killed{attempt}", script=script)
         run_dir = wait_for(tmp_path / f"killed{attempt}")
@@ -199,7 +200,7 @@ def test_killed_at_any_moment_and_resumed_is_bit_equal(hopper, tmp_path, script)
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_interrupt_leaves_a_checkpoint_of_that_moment(hopper, tmp_path, number):
     flags = (*RUN, *SCRIPTS["dtql_continuous.py"], "--steps-per-epoch=37")
-    assert start(*flags, "--run-dir", tmp_path / "whole").wait(120) == 0
+    whole = run_here(dtql, *flags, "--run-dir", tmp_path / "whole")
     process = start(*flags, "--run-dir", tmp_path / "stopped")
     run_dir = wait_for(tmp_path / "stopped")
     time.sleep(0.8)
@@ -208,7 +209,7 @@ def test_interrupt_leaves_a_checkpoint_of_that_moment(hopper, tmp_path, number):
     assert process.returncode == 128 + number and f"--resume {run_dir}" in errors and "Traceback" not in errors
     assert common.open_checkpoint(run_dir / "checkpoint.pt")["step"] > 0
     assert run_script("--resume", run_dir).returncode == 0
-    assert_same_end(wait_for(tmp_path / "whole"), run_dir)
+    assert_same_end(whole, run_dir)
 
 
 def test_a_kill_while_writing_leaves_the_previous_file(tmp_path, monkeypatch):
