@@ -71,6 +71,13 @@ def test_a_wrong_command_line_is_one_message(script, arguments, tmp_path):
 # ---- what the pages say is what the CSV files say ---------------------------------------------------------------------
 
 
+def numbers_below(heading):
+    """The cells of the lines of tables that have a ± in them, below a heading of the page of results."""
+    text = (RESULTS / "README.md").read_text()
+    lines = [line for line in text[text.index(heading) :].splitlines() if line.startswith("|") and " ± " in line]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+
+
 def cell(folder, maze, method, digits):
     """(last ± standard error, best) of a method, % of the episodes in a maze that reach the goal."""
     runs = report.by_cell(report.read_runs(RESULTS / folder))[f"dtql/pointmaze-{maze}-v0", method]
@@ -89,15 +96,13 @@ def test_the_readme_s_table_is_that_of_the_runs():
 
 
 def test_the_table_of_the_paper_s_arguments_is_that_of_the_runs():
-    text = (RESULTS / "README.md").read_text()
-    lines = [line.strip("|").split("|") for line in text[text.index("## The paper's arguments") :].splitlines() if " ± " in line]
     runs = {
         "DTQL": ("nll", "dtql_continuous"),
         "KL in place of the trust region (Table 5, Figure 8)": ("trust_region_or_kl", "kl_distill"),
         "DTQL without NLL (Figure 5)": ("nll", "dtql_continuous --no-nll"),
         "DTQL without pretraining (Table 3)": ("pretraining", "dtql_continuous --pretrain-epochs 0"),
     } | {f"DTQL, alpha {alpha}": ("alpha", f"dtql_continuous alpha={alpha}") for alpha in ("0.1", "1", "10", "100")}
-    rows = {cells[0].strip(): [value.strip() for value in cells[1:7]] for cells in lines[: len(runs)]}
+    rows = {name: cells[:6] for name, *cells in numbers_below("## The paper's arguments")[: len(runs)]}
     assert rows.keys() == runs.keys()
     for name, (folder, method) in runs.items():
         found = report.by_cell(report.read_runs(RESULTS / folder))
@@ -108,9 +113,7 @@ def test_the_table_of_the_paper_s_arguments_is_that_of_the_runs():
 
 
 def test_the_table_of_look_alike_data_is_that_of_the_runs():
-    text = (RESULTS / "README.md").read_text()
-    lines = [line.strip("|").split("|") for line in text[text.index("## Look-alike data") :].splitlines() if " ± " in line]
-    rows = {(task.strip(), COLUMNS[method.strip()]): [cell.strip() for cell in cells] for task, method, *cells in lines}
+    rows = {(task, COLUMNS[method]): cells for task, method, *cells in numbers_below("## Look-alike data")}
     folders = {(folder.parent.name, folder.name): folder for folder in (RESULTS / "lookalike").glob("*/*/")}
     assert rows.keys() == folders.keys()
     for key, folder in folders.items():
