@@ -65,6 +65,17 @@ def test_candidates_are_chosen_with_softmax_of_the_smaller_target_q():
     assert (frequencies - probabilities).abs().max() < 0.015
 
 
+@pytest.mark.parametrize(("candidates", "sizes"), [(64, [4, 4, 4]), (100, [2] * 5), (1024, [1] * 10)])
+def test_a_cpu_acts_in_as_many_states_at_a_time_as_make_256_candidates(monkeypatch, candidates, sizes):
+    agent, seen = make_agent(num_candidates=candidates), []
+    best_of, choose = agent.best_of, agent.best_of.choose
+    monkeypatch.setattr(best_of, "choose", lambda p, obs, *noise: (seen.append(obs.shape[1]), choose(p, obs, *noise))[1])
+    obs = np.random.default_rng(0).standard_normal((1, 10, 3))
+    assert best_of(agent.models.params, obs, torch.Generator()).shape == (1, 10, 2) and seen == sizes
+    best_of.of_one(agent.models.params, 0, 3, seed=0, about={})(obs[0, 0])
+    assert seen[len(sizes) :] == [1]  # nothing is computed beside a single observation
+
+
 @pytest.mark.parametrize(("excess", "spread", "blocks"), [(0, 1, {1}), (0, 300, {2, 3, 4, 5}), (40, 1, {16})])
 def test_the_second_q_is_asked_until_nothing_that_is_left_can_win(monkeypatch, excess, spread, blocks):
     """The choice is that of all 1024 minima, whether the Qs agree, disagree widely or one is far above the other."""
