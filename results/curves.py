@@ -16,7 +16,7 @@ from runs import labelled_runs  # noqa: E402
 
 def main() -> None:
     out, runs = labelled_runs(__doc__)
-    figure, axes = plt.subplots(figsize=(6, 3.6), constrained_layout=True)
+    figure, axes = plt.subplots(figsize=(7, 3.6), constrained_layout=True)
     for label, run_dir, config in runs:
         with open(Path(run_dir) / "eval.csv") as file:
             rows = [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
@@ -37,7 +37,7 @@ def main() -> None:
         axes.fill_between(updates, mean - spread, mean + spread, color=line.get_color(), alpha=0.2)
     axes.set(xlabel="training updates", ylabel="normalised score", title=f"{config['args']['env_id']}, look-alike data")
     axes.grid(alpha=0.3)
-    axes.legend()
+    figure.legend(loc="outside right upper")
     figure.savefig(out, dpi=150)
 
 
