@@ -85,6 +85,16 @@ def cell(folder, maze, method, digits):
     return f"{mean:.{digits}f} ± {error:.{digits}f}", f"{np.mean([max(run.scores) for run in runs]):.0f}"
 
 
+def test_the_demo_reaches_the_goal_with_every_seed_that_the_readme_names():
+    assert "all 20 episodes (seeds 0 to" in (ROOT / "README.md").read_text()
+    for seed in range(5):
+        config, (*_, last) = (
+            json.loads((RESULTS / f"demo/{seed}/config.json").read_text()),
+            read(RESULTS / f"demo/{seed}/eval.csv"),
+        )
+        assert (config["args"]["seed"], last["episodes"], float(last["score_mean"])) == (seed, "20", 100)
+
+
 def test_the_readme_s_table_is_that_of_the_runs():
     rows = table((ROOT / "README.md").read_text(), "## Results")
     assert [name.split(",")[0] for name in rows] == list(MAZES)
