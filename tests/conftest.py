@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run side by side, and so do the scripts that they start
 
@@ -13,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))  # the scripts
 from helpers import write_d4rl  # noqa: E402
 
 import d4rl_tasks  # noqa: E402
+import stacked  # noqa: E402
 
 
 @pytest.fixture
@@ -21,3 +23,10 @@ def hopper(tmp_path, monkeypatch) -> Path:
     monkeypatch.setenv("D4RL_DATASET_DIR", str(tmp_path / "data"))
     monkeypatch.setenv("D4RL_BASE_URL", "http://127.0.0.1:9/")  # nothing listens there
     return write_d4rl(tmp_path / "data" / d4rl_tasks.TASKS["hopper-medium-v2"].file)
+
+
+@pytest.fixture
+def uncompiled(monkeypatch):
+    """`torch.compile` that does nothing, and forgets afterwards what failed."""
+    monkeypatch.setattr(stacked, "_compiler_failed", False)
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)

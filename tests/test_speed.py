@@ -104,13 +104,12 @@ def test_only_long_runs_are_compiled_unless_asked_for(flags, compiled):
     assert common.parse_args(dtql.Args, dtql.task_defaults, flags).compile == compiled
 
 
-def test_speed_table(tmp_path, monkeypatch):
-    """The command of the README, cut short: every variant and method is there, and the parts belong to their updates."""
+def test_speed_table(tmp_path, monkeypatch, uncompiled):
+    """The command of the README, cut short: all variants and methods are there, and the parts belong to their updates."""
     table = tmp_path / "speed.csv"
     methods = ["dtql_continuous", "srpo", "fql"]
     flags = ["--no-cuda", "--models", "1", "--batch-sizes", "32", "--rounds", "1", "--seconds", "0.05", "--csv", table]
     monkeypatch.setattr(speed, "ROWS", 5000)
-    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
     speed.main(common.cli(speed.Args, [*map(str, flags), "--methods", *methods]))
     with open(table) as file:
         rows = list(csv.DictReader(file))

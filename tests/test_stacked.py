@@ -294,13 +294,6 @@ def prepared_and_eager(capsys, **changes) -> str:
     return capsys.readouterr().err
 
 
-@pytest.fixture
-def uncompiled(monkeypatch):
-    """`torch.compile` that does nothing, and forgets afterwards what failed."""
-    monkeypatch.setattr(stacked, "_compiler_failed", False)
-    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
-
-
 def test_what_cannot_be_compiled_runs_eagerly_with_one_note(capsys, monkeypatch, uncompiled):
     def broken(function, **_):
         def call(*args):
