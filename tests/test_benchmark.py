@@ -278,6 +278,10 @@ def test_a_killed_driver_goes_on_with_the_same_command(tmp_path, mark):
     start = time.perf_counter()
     assert run_script(*arguments, script="benchmark.py").returncode == 0
     assert time.perf_counter() - start < 20 and len(list(out.glob("*/*/*/*/checkpoint.pt"))) == 2
+    # Two helpers of the killed driver's Ray report its death for 60 s, to a control store that died with it
+    agents = ("ray::DashboardAgent", "ray::RuntimeEnvAgent")
+    until(lambda: all(line.startswith(agents) for line in processes(mark).values()), 30)
+    until(lambda: not processes(mark), 90)
 
 
 def test_ctrl_c_leaves_checkpoints_and_what_cannot_work_is_a_row(tmp_path, mark):
