@@ -433,13 +433,13 @@ def draw_curves(tasks: list[str], methods: list[str], cells: dict[tuple[str, str
 
 def draw_lines(curves: dict[str, tuple[np.ndarray, np.ndarray]], file: Path, **axes_settings: Any) -> None:
     """One line (x, y) per method."""
-    figure = Figure(figsize=(5, 3.4), layout="constrained")
+    figure = Figure(figsize=(6.2, 3.4), layout="constrained")
     axes = figure.subplots()
     for method, (x, y) in curves.items():
         axes.plot(x, y, label=method)
     axes.set(**axes_settings)
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
+    figure.legend(loc="outside right upper", fontsize=8)
     figure.savefig(file, dpi=110)
 
 
