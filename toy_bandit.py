@@ -15,7 +15,9 @@ import math
 import multiprocessing
 import os
 import signal
+import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -342,16 +344,24 @@ def sampled(job: tuple[int, str, int]) -> tuple[Tensor, Tensor]:
 
 
 def quiet_worker() -> None:
-    """Ctrl-C is for the main process, which ends its workers by SIGTERM."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    """A worker is ended by the main process alone, to which signals to the group are sent as well, or by its death."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    tqdm.set_lock(threading.RLock())  # one of its own: a shared one would stay locked if its holder were killed
+    threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()
 
 
-def sample_all(jobs: list[tuple[int, str, int]]) -> Iterator[tuple[Tensor, Tensor]]:
+def sample_all(jobs: list[tuple[int, str, int]]) -> list[tuple[Tensor, Tensor]]:
     """`sampled` of all jobs, one on each core: the networks are too small to share cores."""
     torch.set_num_threads(1)
-    with multiprocessing.get_context("fork").Pool(min(len(jobs), os.cpu_count()), quiet_worker) as pool:
-        yield from tqdm(pool.imap(sampled, jobs), total=len(jobs), unit="training", desc="all")
+    workers = min(len(jobs), os.cpu_count())
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("fork"), quiet_worker) as pool:
+        try:
+            return list(tqdm(pool.map(sampled, jobs), total=len(jobs), unit="training", desc="all"))
+        except BaseException:
+            for worker in multiprocessing.active_children():
+                worker.kill()
+            raise
 
 
 def comparison(columns: list[int], seed: int, report: Callable) -> plt.Figure:

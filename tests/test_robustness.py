@@ -413,19 +413,34 @@ def test_sigterm_while_the_demo_collects(tmp_path):
     assert list((tmp_path / "minari").iterdir()) == [] and not (tmp_path / "runs").exists()
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-@pytest.mark.parametrize("group", [False, True])
-def test_bandits_leave_no_workers(tmp_path, number, group):
+def started_bandits(tmp_path):
     process = start("--out-dir", tmp_path, script="toy_bandit.py")
     deadline = time.time() + 60
     while len(children(process)) < 2 and time.time() < deadline:
         time.sleep(0.1)
     time.sleep(1)
+    return process
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("group", [False, True])
+def test_bandits_leave_no_workers(tmp_path, number, group):
+    process = started_bandits(tmp_path)
     (os.killpg if group else os.kill)(process.pid, number)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 128 + number and "Traceback" not in errors, errors
     assert_nothing_left(process)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_bandits_end_with_any_of_their_processes(tmp_path):
+    """Killed outright, as for want of memory: nobody waits for the one that is gone."""
+    for victim in (lambda process: process.pid, lambda process: children(process)[0]):
+        process = started_bandits(tmp_path)
+        os.kill(victim(process), signal.SIGKILL)
+        process.communicate(timeout=60)
+        assert process.returncode != 0
+        assert_nothing_left(process)
 
 
 # ---- 5. numbers that cannot work ---------------------------------------------------------------------------------------
