@@ -344,10 +344,11 @@ def sampled(job: tuple[int, str, int]) -> tuple[Tensor, Tensor]:
 
 
 def quiet_worker() -> None:
-    """A worker is ended by the main process alone, to which signals to the group are sent as well, or by its death."""
+    """Terminals send signals to all processes: the main one decides, and kills its workers. They also end when it dies."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     tqdm.set_lock(threading.RLock())  # one of its own: a shared one would stay locked if its holder were killed
+    # An idle worker would not notice by itself: it and its siblings hold the pipe open on which it waits
     threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()
 
 
