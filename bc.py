@@ -1,4 +1,4 @@
-"""Behaviour cloning (BC): supervised regression of the data's actions on its states, below which nothing should fall.
+"""Behaviour cloning (BC): supervised regression from states to actions, the floor that every method should beat.
 
 Three policies: a deterministic one (the usual baseline), the Gaussian of `dtql_continuous.py` trained on its NLL alone, and
 DTQL's diffusion policy, from which actions are sampled. The latter two separate "clones better" from "Q improves".
@@ -9,10 +9,9 @@ It differs from `iql.py` in these points:
 2. Observations are standardised, with the statistics of the data in the checkpoint.
 3. The loss of the policy is one of three, without weights; its learning rate is constant.
 
-Shapes, for one model: obs (B, S), actions (B, A) in [-1, 1], sigma (B, 1).
+Shapes: K models with minibatches of B; obs (K, B, S), actions (K, B, A) in [-1, 1], sigma (K, B, 1).
 """
 
-import contextlib
 import functools
 import math
 from collections.abc import Callable
@@ -25,9 +24,12 @@ import torch.nn as nn
 from torch import Tensor
 
 import common
-import data
+import evaluation
 import stacked
-from stacked import Batch, Mish, Net, Params
+import tasks
+from best_of import BestOf
+from common import check
+from stacked import Batch, Linear, Metrics, Mish, Transitions
 
 
 @dataclass
@@ -46,30 +48,41 @@ class Args(common.Args):
     epochs: int = 3
     """training epochs"""
 
+    def check(self) -> None:
+        """Raise UserError for invalid settings."""
+        super().check()
+        check(0 < self.learning_rate < math.inf, f"--learning-rate must be positive, not {self.learning_rate}")
+        check(1 <= self.sampling_steps <= 1000, f"--sampling-steps must lie in [1, 1000], not {self.sampling_steps}")
+
 
 def task_defaults(env_id: str) -> dict[str, Any]:
-    """The arguments in which a task's defaults differ from those of `Args`, which are the demo's."""
-    if env_id in data.POINTMAZES:
+    """Defaults for `env_id` that override those of `Args` (the demo's)."""
+    if env_id in tasks.POINTMAZES:
         epochs = {"dtql/pointmaze-medium-v0": 8, "dtql/pointmaze-large-v0": 14}.get(env_id)  # as many updates as DTQL's
         return {} if epochs is None else dict(epochs=epochs, eval_every=epochs // 4, batch_size=64)
-    episodes = 100 if data.domain(env_id) in ("antmaze", "pen", "kitchen") else 10
-    return dict(epochs=1000, eval_episodes=episodes) | data.ogbench_defaults(env_id)
-
-
-def check_args(args: Args) -> None:
-    """Raise UserError for settings that cannot work."""
-    common.check_args(args)
-    common.check_range(args, learning_rate="(0, inf)", sampling_steps="[1, 1000]")
+    ogbench, long = tasks.is_ogbench(env_id), tasks.domain(env_id) in ("antmaze", "pen", "kitchen")
+    return dict(epochs=1000, eval_every=100 if ogbench else 50, eval_episodes=50 if ogbench else 100 if long else 10)
 
 
 # ---- EDM schedule (Appendix B; Karras et al. 2022) -------------------------------------------------------------------
 
 SIGMA_DATA, SIGMA_MIN, SIGMA_MAX = 0.5, 0.002, 80.0
 
-c_skip = lambda sigma: SIGMA_DATA**2 / (sigma**2 + SIGMA_DATA**2)
-c_out = lambda sigma: sigma * SIGMA_DATA * torch.rsqrt(sigma**2 + SIGMA_DATA**2)
-c_in = lambda sigma: torch.rsqrt(sigma**2 + SIGMA_DATA**2)
-c_noise = lambda sigma: torch.log(sigma) / 4
+
+def c_skip(sigma: Tensor) -> Tensor:
+    return SIGMA_DATA**2 / (sigma**2 + SIGMA_DATA**2)
+
+
+def c_out(sigma: Tensor) -> Tensor:
+    return sigma * SIGMA_DATA * torch.rsqrt(sigma**2 + SIGMA_DATA**2)
+
+
+def c_in(sigma: Tensor) -> Tensor:
+    return torch.rsqrt(sigma**2 + SIGMA_DATA**2)
+
+
+def c_noise(sigma: Tensor) -> Tensor:
+    return torch.log(sigma) / 4
 
 
 def sample_sigma(u: Tensor) -> Tensor:
@@ -86,31 +99,29 @@ def heun_sampler(denoise: Callable[[Tensor, Tensor], Tensor], z: Tensor, steps: 
     ramp = torch.linspace(0, 1, steps, device=z.device)
     sigmas = (SIGMA_MAX ** (1 / 7) + ramp * (SIGMA_MIN ** (1 / 7) - SIGMA_MAX ** (1 / 7))) ** 7
     x = sigmas[0] * z
-    for i in range(steps):
-        sigma = sigmas[i].expand(*z.shape[:-1], 1)
+    for i in range(steps - 1):
+        sigma, following = (sigmas[j].expand(*z.shape[:-1], 1) for j in (i, i + 1))
         slope = (x - denoise(x, sigma)) / sigma
-        if i == steps - 1:
-            return x - sigma * slope  # down to no noise, where the slope is not defined: Euler's step
-        following = sigmas[i + 1].expand_as(sigma)
         euler = x + (following - sigma) * slope
         x = x + (following - sigma) * (slope + (euler - denoise(euler, following)) / following) / 2
-    raise AssertionError("no steps")
+    # Euler's step down to no noise, where the slope is not defined, ends at the denoised action
+    return denoise(x, sigmas[-1].expand(*z.shape[:-1], 1))
 
 
-# ---- networks, each of one model -------------------------------------------------------------------------------------
+# ---- networks, written for one model -------------------------------------------------------------------------------------
 
 HIDDEN = 256
 
 
 class DeterministicActor(nn.Module):
-    """a = tanh(MLP(s)): obs (B, S) -> (B, A)."""
+    """a = tanh(MLP(s)): obs (K, B, S) -> (K, B, A)."""
 
     def __init__(self, obs_dim: int, action_dim: int):
         super().__init__()
         self.net = nn.Sequential(
-            nn.Linear(obs_dim, HIDDEN), nn.ReLU(),
-            nn.Linear(HIDDEN, HIDDEN), nn.ReLU(),
-            nn.Linear(HIDDEN, action_dim), nn.Tanh(),
+            Linear(obs_dim, HIDDEN), nn.ReLU(),
+            Linear(HIDDEN, HIDDEN), nn.ReLU(),
+            Linear(HIDDEN, action_dim), nn.Tanh(),
         )  # fmt: skip
 
     def forward(self, obs: Tensor) -> Tensor:
@@ -118,18 +129,18 @@ class DeterministicActor(nn.Module):
 
 
 class GaussianActor(nn.Module):
-    """a = tanh(mean + std z): obs (B, S) -> mean, log_std (B, A), both before the tanh."""
+    """a = tanh(mean + std z): obs (K, B, S) -> mean, log_std (K, B, A), both before the tanh."""
 
     def __init__(self, obs_dim: int, action_dim: int):
         super().__init__()
         self.net = nn.Sequential(
-            nn.Linear(obs_dim, HIDDEN), nn.ReLU(),
-            nn.Linear(HIDDEN, HIDDEN), nn.ReLU(),
-            nn.Linear(HIDDEN, HIDDEN), nn.ReLU(),
-            nn.Linear(HIDDEN, 2 * action_dim),
+            Linear(obs_dim, HIDDEN), nn.ReLU(),
+            Linear(HIDDEN, HIDDEN), nn.ReLU(),
+            Linear(HIDDEN, HIDDEN), nn.ReLU(),
+            Linear(HIDDEN, 2 * action_dim),
         )  # fmt: skip
         for layer in self.net:
-            if isinstance(layer, nn.Linear):
+            if isinstance(layer, Linear):
                 nn.init.orthogonal_(layer.weight)
                 nn.init.zeros_(layer.bias)
 
@@ -139,17 +150,17 @@ class GaussianActor(nn.Module):
 
 
 class Denoiser(nn.Module):
-    """The diffusion policy mu_phi(a_t, t | s) (Appendix B): noisy actions (B, A), sigma (B, 1), obs (B, S) -> (B, A)."""
+    """The diffusion policy mu_phi(a_t, t | s) (Appendix B): noisy actions (K, B, A), sigma (K, B, 1), obs (K, B, S) -> (K, B, A)."""
 
     def __init__(self, obs_dim: int, action_dim: int):
         super().__init__()
-        self.time = nn.Sequential(nn.Linear(16, 32), Mish(), nn.Linear(32, 16))
+        self.time = nn.Sequential(Linear(16, 32), Mish(), Linear(32, 16))
         self.net = nn.Sequential(
-            nn.Linear(action_dim + obs_dim + 16, HIDDEN),
-            nn.Linear(HIDDEN, HIDDEN), Mish(),
-            nn.Linear(HIDDEN, HIDDEN), Mish(),
-            nn.Linear(HIDDEN, HIDDEN), Mish(),
-            nn.Linear(HIDDEN, action_dim),
+            Linear(action_dim + obs_dim + 16, HIDDEN),
+            Linear(HIDDEN, HIDDEN), Mish(),
+            Linear(HIDDEN, HIDDEN), Mish(),
+            Linear(HIDDEN, HIDDEN), Mish(),
+            Linear(HIDDEN, action_dim),
         )  # fmt: skip
         self.register_buffer("frequencies", 10000 ** (-torch.arange(8) / 7), persistent=False)
 
@@ -163,124 +174,106 @@ class Denoiser(nn.Module):
 ACTORS = {"deterministic": DeterministicActor, "gaussian": GaussianActor, "diffusion": Denoiser}
 
 
-# ---- losses of one model ---------------------------------------------------------------------------------------------
-
-
-def denoising_loss(denoise: Any, actions: Tensor, obs: Tensor, sigma: Tensor, noise: Tensor) -> Tensor:
-    """Eq. 2 with w = 1 / c_out^2, mean over dimensions too."""
-    return ((denoise(actions + sigma * noise, sigma, obs) - actions) / c_out(sigma)).square().mean()
-
-
-def gaussian_nll(mean: Tensor, log_std: Tensor, actions: Tensor) -> Tensor:
-    """-E log pi(a | s) of the Gaussian before the tanh; the tanh's Jacobian does not depend on theta."""
-    z = (torch.atanh(actions / (1 + 1e-3)) - mean) * torch.exp(-log_std)
-    return (0.5 * z**2 + log_std + 0.5 * math.log(2 * math.pi)).sum(-1).mean()
-
-
 # ---- the agent ---------------------------------------------------------------------------------------------------------
 
 
-class BC:
-    """Behaviour cloning, for K models at once. A loss is that of one model, whose parameters by network are `p`."""
+class BC(nn.Module):
+    """Behaviour cloning, for K models. The loss returns (K,) and a dict of metrics (K,) to log."""
 
-    def __init__(self, args: Args, task: data.Task, device: torch.device):
-        """The models on `device`, with the data beside them."""
-        self.args, self.device = args, device
-        mean, std = np.zeros(task.obs.shape[1], np.float32), np.ones(task.obs.shape[1], np.float32)
-        if args.normalize and len(task.obs):  # a policy that is deployed loads them from its checkpoint
-            mean, std = task.obs.mean(0), task.obs.std(0) + 1e-3
-        self.data = stacked.Transitions(
-            (task.obs - mean) / std, task.actions, task.rewards, task.terminals, (task.next_obs - mean) / std, device
-        )
-        self.action_dim = task.actions.shape[1]
-        dims = task.obs.shape[1], self.action_dim
-        self.actor = Net(lambda: ACTORS[args.policy](*dims), device)
+    def __init__(self, args: Args, obs_dim: int, action_dim: int, device: torch.device, data: Transitions | None = None):
+        """Build networks and optimizers on `device`. `data` has standardised observations; a policy that is only deployed needs none."""
+        super().__init__()
+        self.args, self.action_dim, self.device, self.data = args, action_dim, device, data
 
-        nets = {"actor": self.actor}
-        metrics = ["actor", "entropy"]
-        self.models = stacked.Learner(nets, args.model_seeds, metrics, device, args.compile)
-        self.models.optimize(self.actor_loss, "actor", lr=args.learning_rate)
-        self.mean = self.models.buffers["obs_mean"] = torch.as_tensor(mean, device=device)
-        self.std = self.models.buffers["obs_std"] = torch.as_tensor(std, device=device)
-        self.best_of = stacked.BestOf(self.sample, None, ("actor",), 1, task.action_low, task.action_high, device, args.compile)
+        def make_model() -> nn.ModuleDict:
+            return nn.ModuleDict({"actor": ACTORS[args.policy](obs_dim, action_dim)})
 
-    def denoise(self, params: Params) -> Callable[..., Tensor]:
-        """The diffusion policy with `params`; what it predicts is clamped to the actions there are."""
-        return lambda *inputs: self.actor(params, *inputs).clamp(-1, 1)
+        (self.actor,) = stacked.stack_seeds(make_model, args.model_seeds).to(device).values()
+        self.actor_optimizer = torch.optim.Adam(self.actor.parameters(), args.learning_rate, fused=True)
+        self.register_buffer("obs_mean", torch.zeros(obs_dim, device=device))
+        self.register_buffer("obs_std", torch.ones(obs_dim, device=device))
 
-    def actor_loss(self, p: dict[str, Params], batch: Batch, sigma: Tensor, noise: Tensor) -> tuple[Tensor, Params]:
-        """The squared error, mean over batch and dimensions; the NLL; or Eq. 2."""
-        metrics = {}
+        self.step_actor = stacked.make_step(self.actor_loss, self.actor_optimizer, args.compile)
+        self.act = BestOf(self.sample, action_dim, compile=args.compile)
+
+    def actor_loss(self, batch: Batch, sigma: Tensor, noise: Tensor) -> tuple[Tensor, Metrics]:
+        """The squared error, averaged over minibatch and dimensions; the NLL; or Eq. 2."""
+        obs, metrics = batch.obs, {}
         if self.args.policy == "deterministic":
-            loss = (self.actor(p["actor"], batch.obs) - batch.actions).square().mean()
+            loss = (self.actor(obs) - batch.actions).square().mean((-1, -2))
         elif self.args.policy == "gaussian":
-            mean, log_std = self.actor(p["actor"], batch.obs)
+            mean, log_std = self.actor(obs)
             loss = gaussian_nll(mean, log_std, batch.actions)
-            metrics["entropy"] = log_std.sum(-1).mean() + 0.5 * mean.shape[-1] * math.log(2 * math.pi * math.e)
-        else:
-            loss = denoising_loss(self.denoise(p["actor"]), batch.actions, batch.obs, sigma, noise)
+            metrics["entropy"] = log_std.sum(-1).mean(-1) + 0.5 * mean.shape[-1] * math.log(2 * math.pi * math.e)
+        else:  # Eq. 2 with w = 1 / c_out^2
+            error = self.denoise(batch.actions + sigma * noise, sigma, obs) - batch.actions
+            loss = (error / c_out(sigma)).square().mean((-1, -2))
         return loss, {"actor": loss, **metrics}
 
-    def update(self) -> None:
-        """One step of Adam. Tensors only, of static shapes."""
-        shape = self.models.num_models, self.args.batch_size
+    def denoise(self, noisy_actions: Tensor, sigma: Tensor, obs: Tensor) -> Tensor:
+        """The diffusion policy; predictions are clamped to [-1, 1]."""
+        return self.actor(noisy_actions, sigma, obs).clamp(-1, 1)
+
+    def update(self) -> Metrics:
+        """One step of Adam. Tensors only, with static shapes."""
+        shape = self.args.num_models, self.args.batch_size
         batch = self.data.sample(*shape)
         sigma = sample_sigma(torch.rand(*shape, 1, device=self.device))
         noise = torch.randn(*shape, self.action_dim, device=self.device)
-        self.models.step(self.actor_loss, batch, sigma, noise)
+        return self.step_actor(batch, sigma, noise)
 
-    # The choice of an action
-
-    def sample(self, p: dict[str, Params], obs: Tensor, z: Tensor) -> Tensor:
-        """Actions (..., A) in raw observations (..., S): the deterministic one, or a sample made from Gaussian noise z."""
-        obs = (obs - self.mean) / self.std
+    def sample(self, obs: Tensor, z: Tensor) -> Tensor:
+        """Actions (K, n, 1, A) in raw observations (K, n, S): the deterministic one, or a sample from noise z (K, n, 1, A)."""
+        obs, z = (obs - self.obs_mean) / self.obs_std, z.squeeze(2)
         if self.args.policy == "deterministic":
-            return self.actor(p["actor"], obs)
-        if self.args.policy == "gaussian":
-            mean, log_std = self.actor(p["actor"], obs)
-            return torch.tanh(mean + torch.exp(log_std) * z)
-        denoise = self.denoise(p["actor"])
-        return heun_sampler(lambda noisy, sigma: denoise(noisy, sigma, obs), z, self.args.sampling_steps)
+            actions = self.actor(obs)
+        elif self.args.policy == "gaussian":
+            mean, log_std = self.actor(obs)
+            actions = torch.tanh(mean + torch.exp(log_std) * z)
+        else:
+            actions = heun_sampler(lambda noisy, sigma: self.denoise(noisy, sigma, obs), z, self.args.sampling_steps)
+        return actions.unsqueeze(2)
+
+
+def gaussian_nll(mean: Tensor, log_std: Tensor, actions: Tensor) -> Tensor:
+    """-E log pi(a | s) of the Gaussian before the tanh, whose Jacobian does not depend on theta; (K, B, A) -> (K,)."""
+    z = (torch.atanh(actions / (1 + 1e-3)) - mean) * torch.exp(-log_std)
+    return (0.5 * z**2 + log_std + 0.5 * math.log(2 * math.pi)).sum(-1).mean(-1)
 
 
 def load_policy(checkpoint: str, index: int = 0, device: str = "cpu", seed: int = 0) -> Callable[[np.ndarray], np.ndarray]:
     """The deployed policy of model `index` in a checkpoint.
 
-    Returns a callable from one observation (S,) or a batch (B, S) to actions (A,) or (B, A) in the environment's own
-    units. Raises UserError if the checkpoint cannot be read or has no such model.
+    Returns a function from one observation (S,) or a batch (B, S) to actions (A,) or (B, A) in the environment's units.
+    Raises UserError if the checkpoint cannot be read or has no such model.
     """
-    args, spaces, learner = common.open_policy(checkpoint, __file__, Args, index, device)
-    agent = BC(args, data.Task.without_data(**spaces), torch.device(device))
-    agent.models.load_state_dict(learner)
-    return agent.best_of.of_one(agent.models.params, index, spaces["obs_dim"], seed, args.about(index))
-
-
-def evaluate(agent: BC, task: data.Task, envs: common.LockstepEnvs, epoch: int) -> common.Evaluation:
-    """Episodes of all models in lock-step."""
-    act = lambda obs, generator: agent.best_of(agent.models.params, obs, generator)
-    return common.evaluate(task, envs, act, agent.args, epoch, agent.device)
+    return common.load_policy(checkpoint, __file__, BC, Args, index, device, seed)
 
 
 def main(args: Args) -> dict[str, Any]:
     """Train and evaluate. Returns the run's folder and the rows of its eval.csv; raises UserError for bad input."""
-    check_args(args)
+    args.check()
     device = common.find_device(args)
-    task = data.task_of(args)
-    envs = common.make_lockstep_envs(task, args)
+    task = tasks.load_task(args)
+    envs = evaluation.make_envs(task.make_env, args)
     common.seed_everything(args.seed, args.torch_deterministic)
-    agent = BC(args, task, device)
-    prepare = functools.cache(lambda: agent.models.prepare(agent.update, args.cudagraphs and args.cuda))
+    mean, std = (task.obs.mean(0), task.obs.std(0) + 1e-3) if args.normalize else (0.0, 1.0)
+    obs, next_obs = (task.obs - mean) / std, (task.next_obs - mean) / std
+    data = Transitions(obs, task.actions, task.rewards, task.terminals, next_obs, device)
+    agent = BC(args, task.obs.shape[1], task.actions.shape[1], device, data)
+    agent.obs_mean += torch.as_tensor(mean, device=device)  # part of the checkpoint, for a policy that is deployed
+    agent.obs_std *= torch.as_tensor(std, device=device)
+    fastest = functools.cache(lambda: stacked.fastest(agent.update, agent, args.compile, args.cudagraphs and args.cuda))
 
-    with contextlib.closing(envs), common.Run(__file__, args, task, agent.models, device) as run:
+    with common.Run(__file__, args, task, envs, agent) as run:
         while True:
             if run.evaluation_due():
-                run.add_evaluation(evaluate(agent, task, envs, run.epoch))
+                run.evaluate(agent.act)
             if run.step == args.total_steps:
                 break
-            update = prepare()
+            update = fastest()
             for _ in range(run.until_log()):
-                update()
-                run.advance()
+                run.advance(update())
             run.log()
         run.save()
     return run.summary()

@@ -1,17 +1,13 @@
-"""What the scripts share beside the models: command line, one-line errors, lock-step evaluation, the folder of a run.
-Nothing here knows the algorithms."""
+"""Shared helpers: command line, one-line errors, run folders, checkpoints. Nothing here depends on an algorithm."""
 
 import contextlib
 import csv
 import dataclasses
 import datetime
-import errno
-import fcntl
 import importlib.metadata
 import io
 import itertools
 import json
-import multiprocessing
 import os
 import platform
 import re
@@ -21,21 +17,24 @@ import sys
 import threading
 import time
 import typing
-import warnings
+import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any
 
-import gymnasium as gym
+import filelock
 import numpy as np
 import torch
 import tyro
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+import evaluation
+import stacked
+
 
 class UserError(Exception):
-    """Something the user can mend. The message is one line that says what to do."""
+    """An error that the user can fix. The message is one line that says what to do."""
 
 
 class Diverged(UserError):
@@ -48,6 +47,12 @@ class InUse(UserError):
 
 class Unwritable(UserError):
     """The disk is full, or writing is not permitted."""
+
+
+def check(condition: bool, message: str) -> None:
+    """Raise `UserError(message)` unless `condition` holds."""
+    if not condition:
+        raise UserError(message)
 
 
 def line(error: BaseException) -> str:
@@ -63,52 +68,65 @@ class Args:
     """The arguments of every script; a script adds those of its method."""
 
     env_id: str = "dtql/pointmaze-umaze-v0"
-    """D4RL (hopper-medium-v2), Minari (has a slash) or OGBench id (has singletask); the default is a demo that makes its data"""
+    """D4RL (hopper-medium-v2), Minari (contains a slash) or OGBench id (contains singletask); by default a demo that needs no download"""
     data: Annotated[str | None, tyro.conf.arg(metavar="FILE")] = None
     """your own transitions, HDF5 or npz (docs/tasks.md); evaluated if --env-id names a Gymnasium environment"""
     action_low: tuple[float, ...] | None = None
-    """lower bound of the actions in --data where there is no environment, one number or one for each; by default the data's"""
+    """lower bounds of the actions in --data if there is no environment: one number, or one per dimension; default: the data's range"""
     action_high: tuple[float, ...] | None = None
     """upper bounds, likewise"""
     seed: int = 0
-    """seed of the first model; the next ones have seed + 1, seed + 2, ..."""
+    """seed of the first model; the others have seed + 1, seed + 2, ..."""
     num_seeds: int = 1
-    """how many independent models to train at once; as many of each combination where flags have several values"""
+    """number of seeds to train in parallel (for each combination, if flags have several values)"""
     cuda: bool = torch.cuda.is_available()
     """train on the GPU"""
     torch_deterministic: bool = True
-    """use deterministic kernels, so that a run can be repeated bit by bit on the same machine"""
+    """use deterministic kernels, so that a run can be repeated exactly on the same machine"""
     compile: bool = False
-    """compile losses and policy with torch.compile; it takes a minute, so runs of less than 10,000 updates default to no"""
+    """compile losses and policy with torch.compile; takes about a minute; on by default for runs of 10,000 updates or more"""
     cudagraphs: bool = torch.cuda.is_available()
-    """replay the whole update as a CUDA graph (not used with --no-cuda)"""
+    """replay each update as a CUDA graph (ignored with --no-cuda)"""
     resume: Annotated[str | None, tyro.conf.arg(metavar="RUN_DIR")] = None
-    """folder of a run to continue as if it had never stopped"""
+    """folder of a run to continue exactly where it stopped, with the settings it was started with"""
     run_dir: str = "runs"
-    """parent folder of the runs' folders"""
+    """folder in which the run's own folder is created"""
     batch_size: int = 256
-    """transitions per update and model"""
+    """minibatch size"""
     epochs: int = 2
     """training epochs"""
     steps_per_epoch: int = 1000
-    """updates in an epoch"""
+    """updates per epoch"""
     eval_every: int = 50
-    """training epochs between evaluations; the last one is always evaluated"""
+    """training epochs between evaluations; the last epoch is always evaluated"""
     eval_episodes: int = 20
     """episodes per evaluation and model"""
 
-    sweep: typing.ClassVar[tuple[str, ...]] = ()  # the arguments that may have several values, each of which is trained
+    sweep: typing.ClassVar[tuple[str, ...]] = ()  # arguments that accept several values, each of which is trained
+
+    def values(self, name: str) -> tuple[Any, ...]:
+        """The values of an argument, of which those in `sweep` may have several."""
+        value = getattr(self, name)
+        return value if isinstance(value, tuple) else (value,)
+
+    def check(self) -> None:
+        """Raise UserError for invalid settings. Scripts extend it."""
+        for name in ("num_seeds", "batch_size", "steps_per_epoch", "eval_every", "eval_episodes"):
+            check(1 <= getattr(self, name) <= 1e9, f"--{name.replace('_', '-')} must be at least 1, not {getattr(self, name)}")
+        check(0 <= self.epochs <= 1e9, f"--epochs must not be negative, not {self.epochs}")
+        check(0 <= self.seed < 2**63 - self.num_seeds, f"--seed must lie in [0, 2^63 - --num-seeds), not {self.seed}")
+        for name in self.sweep:
+            check(len(set(self.values(name))) == len(self.values(name)) > 0, f"--{name}: give each value once")
+        check(self.num_models <= 10_000, f"{self.num_models} models are too many: give fewer values or --num-seeds")
 
     @property
     def combinations(self) -> list[dict[str, float]]:
         """Every combination of the values of the arguments in `sweep`."""
-        values = (getattr(self, name) for name in self.sweep)
-        every = itertools.product(*(value if isinstance(value, tuple) else (value,) for value in values))
-        return [dict(zip(self.sweep, combination)) for combination in every]
+        return [dict(zip(self.sweep, each)) for each in itertools.product(*map(self.values, self.sweep))]
 
     @property
     def num_models(self) -> int:
-        """K: each combination with each seed."""
+        """K: every combination with every seed."""
         return len(self.combinations) * self.num_seeds
 
     @property
@@ -116,23 +134,22 @@ class Args:
         """The seed of each model: all seeds of the first combination, then those of the next."""
         return list(range(self.seed, self.seed + self.num_seeds)) * len(self.combinations)
 
-    @property
-    def model_settings(self) -> dict[str, list[float]]:
-        """The value that each model has of each argument in `sweep`."""
-        return {name: [each[name] for each in self.combinations for _ in range(self.num_seeds)] for name in self.sweep}
+    def per_model(self, name: str, device: torch.device) -> torch.Tensor:
+        """The value of an argument in `sweep` for each model, (K,)."""
+        values = [float(each[name]) for each in self.combinations for _ in range(self.num_seeds)]
+        return torch.tensor(values, device=device)
 
     @property
     def labels(self) -> list[str]:
-        """What tells each model's combination from the others, like "alpha=5"; empty if there is one combination."""
-        several = [name for name in self.sweep if isinstance(getattr(self, name), tuple) and len(getattr(self, name)) > 1]
+        """What distinguishes each model's combination, such as "alpha=5"; empty strings if there is one combination."""
+        several = [name for name in self.sweep if len(self.values(name)) > 1]
         each = [" ".join(f"{name}={combination[name]:g}" for name in several) for combination in self.combinations]
         return [label for label in each for _ in range(self.num_seeds)]
 
-    def about(self, index: int) -> dict[str, float]:
-        """The seed of a model and its values of the arguments in `sweep`."""
-        return {"seed": self.model_seeds[index], **{name: values[index] for name, values in self.model_settings.items()}}
+    def of_model(self, index: int) -> "Args":
+        """The arguments of a run of model `index` alone."""
+        return dataclasses.replace(self, **self.combinations[index // self.num_seeds], seed=self.model_seeds[index], num_seeds=1)
 
-    # Of methods that train part of their networks first; the others have none
     @property
     def pretrain_steps(self) -> int:
         """Updates before the training epochs."""
@@ -144,61 +161,29 @@ class Args:
         return self.pretrain_steps + self.epochs * self.steps_per_epoch
 
 
-def run_defaults(args: Args) -> dict[str, Any]:
-    """The defaults that depend on other arguments."""
-    return {"compile": args.total_steps >= 10_000}
-
-
-def check_range(args: Any, **bounds: str) -> None:
-    """Raise UserError unless each named argument lies in its interval, written as in mathematics: "[0, 1)"."""
-    for name, interval in bounds.items():
-        flag, values = f"--{name.replace('_', '-')}", getattr(args, name)
-        values = values if isinstance(values, tuple) else (values,)
-        check(len(set(values)) == len(values) > 0, f"{flag} {' '.join(map(str, values))}: give each value once")
-        low, high = (float(bound) for bound in interval[1:-1].split(","))
-        for value in values:
-            inside = (low <= value if interval[0] == "[" else low < value) and (
-                value <= high if interval[-1] == "]" else value < high
-            )
-            check(inside, f"{flag} must lie in {interval}, not {value}")
-
-
-def check_args(args: Args) -> None:
-    """Raise UserError for settings that cannot work, of those that every script has."""
-    positive = {
-        "num_seeds": "[1, 1e4]",
-        "batch_size": "[1, 1e6]",
-        "steps_per_epoch": "[1, 1e9]",
-        "eval_every": "[1, 1e9]",
-        "eval_episodes": "[1, 1e5]",
-    }
-    check_range(args, **positive, epochs="[0, 1e9]")
-    check(args.num_models <= 10_000, f"{args.num_models} models are too many at once: give fewer values or --num-seeds")
-    check(0 <= args.seed < 2**63 - args.num_seeds, f"--seed must lie in [0, 2^63 - --num-seeds), not {args.seed}")
-
-
 def parse_args(cls: type, task_defaults: Callable[[str], dict[str, Any]], argv: Sequence[str] | None = None) -> Any:
-    """Parse the command line into the dataclass `cls`, whose real defaults depend on the task and on each other.
+    """Parse the command line into the dataclass `cls`, with the defaults of the given task.
 
-    `task_defaults(env_id)` gives the fields in which the task differs from `cls`; `run_defaults` knows those that follow
-    from the other arguments. With `--resume RUN_DIR` the defaults are the settings of that run. Exits with status 2 and
-    one line on stderr if the arguments cannot be parsed.
+    `task_defaults(env_id)` gives the fields in which a task differs from `cls`. With `--resume RUN_DIR` the defaults are the
+    settings of that run. Exits with status 2 and one line on stderr if the arguments cannot be parsed.
     """
-    fields = [(name, str | None, None) for name in ("env_id", "data", "resume")]
-    given, _ = cli(dataclasses.make_dataclass("First", fields), argv, return_unknown_args=True, add_help=False)
-    resumed = given.resume is not None
+    first = dataclasses.make_dataclass("First", [(name, str | None, None) for name in ("env_id", "data", "resume")])
+    given, _ = cli(first, argv, return_unknown_args=True, add_help=False)
     env_id = given.env_id if given.env_id is not None else cls.env_id if given.data is None else ""
-    settings = _resumed_settings(cls, given.resume) if resumed else task_defaults(env_id)
-    settings = {"env_id": env_id, **settings, "resume": given.resume}
-    if resumed:
+    if given.resume is not None:
+        settings = saved_settings(cls, read_config(given.resume)["args"], f"--resume {given.resume}")
+        # The run may continue on a machine without a GPU (--no-cuda)
+        settings |= {"resume": given.resume, "cudagraphs": settings["cudagraphs"] and torch.cuda.is_available()}
         return cli(cls, argv, default=cls(**settings))
-    # Twice, because --help should show what follows from the task, and what is given changes what follows
-    args = cli(cls, argv, default=cls(**{**settings, **run_defaults(cls(**settings))}))
-    return cli(cls, argv, default=cls(**{**settings, **run_defaults(args)}))
+    settings = {"env_id": env_id, **task_defaults(env_id)}
+    default = cls(**settings)
+    args = cli(cls, argv, default=dataclasses.replace(default, compile=default.total_steps >= 10_000))
+    # The length on the command line decides whether compiling pays
+    return cli(cls, argv, default=dataclasses.replace(default, compile=args.total_steps >= 10_000))
 
 
 def cli(cls: type, argv: Sequence[str] | None = None, **options: Any) -> Any:
-    """`tyro.cli`, but what is wrong with the arguments is one line on stderr. Exits with status 2 after it."""
+    """`tyro.cli` with one-line errors. Exits with status 2 if the arguments cannot be parsed."""
     captured = io.StringIO()
     try:
         with contextlib.redirect_stderr(captured):
@@ -211,18 +196,8 @@ def cli(cls: type, argv: Sequence[str] | None = None, **options: Any) -> Any:
         raise
 
 
-def _resumed_settings(cls: type, run_dir: str) -> dict[str, Any]:
-    config = _read_config(run_dir)
-    settings = settings_from(cls, config.get("args"), f"--resume {run_dir} (a run of {config['exp_name']}.py)")
-    # A run of a machine with a GPU may go on without one (--no-cuda)
-    return {**settings, "cudagraphs": settings["cudagraphs"] and torch.cuda.is_available()}
-
-
 def run(main: Callable[[Any], Any], parse: Callable[[], Any]) -> None:
-    """Run `main(parse())` as a program: a `UserError` becomes one line on stderr and exit status 2.
-
-    SIGINT and SIGTERM end it with one line and exit status 130 or 143.
-    """
+    """Run `main(parse())` as a program. A UserError becomes one line on stderr and exit status 2; SIGINT and SIGTERM 130 and 143."""
     for stream in (sys.stdout, sys.stderr):  # an ASCII terminal gets "?" for what it cannot show
         stream.reconfigure(errors="replace")
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -237,34 +212,54 @@ def run(main: Callable[[Any], Any], parse: Callable[[], Any]) -> None:
         sys.exit(128 + getattr(stop, "number", signal.SIGINT))
 
 
-def progress_bar(**kwargs: Any) -> tqdm:
-    """A tqdm bar that draws often on a terminal and seldom in a log file."""
-    return tqdm(mininterval=0.2 if sys.stderr.isatty() else 30, **kwargs)
+class Interrupted(KeyboardInterrupt):
+    """SIGINT or SIGTERM. `consistent`: raised by `check_stop`, so that the state can be saved."""
+
+    def __init__(self, number: int, consistent: bool = False):
+        self.number, self.consistent = number, consistent
 
 
-def check(condition: bool, message: str) -> None:
-    """Raise `UserError(message)` unless `condition` holds."""
-    if not condition:
-        raise UserError(message)
+_stop_signal = 0  # received during a run, pending until the next `check_stop`
+
+
+def request_stop(number: int, frame: Any = None) -> None:
+    """Signal handler of a run: stop at the next `check_stop`; a second signal stops at once."""
+    global _stop_signal
+    if _stop_signal:
+        raise Interrupted(number)
+    _stop_signal = number
+    os.write(2, b"\nstopping after this update or environment step; a second signal stops at once\n")
+
+
+def stop_now(number: int, frame: Any = None) -> None:
+    """Signal handler before and after a run."""
+    raise Interrupted(number)
+
+
+def check_stop() -> None:
+    """Raise Interrupted if a signal has arrived. Call it only where the state is consistent."""
+    if _stop_signal:
+        raise Interrupted(_stop_signal, consistent=True)
+
+
+# ---- devices and files -------------------------------------------------------------------------------------------------
 
 
 def find_device(args: Any) -> torch.device:
-    """The device to train on. Raises UserError if a GPU is asked for and there is none."""
+    """The device to train on. Raises UserError if a GPU is requested and there is none."""
     for flag in ("cuda", "cudagraphs"):
-        check(
-            not getattr(args, flag, False) or torch.cuda.is_available(),
-            f"--{flag}: PyTorch finds no usable GPU here; train on the CPU with --no-{flag}",
-        )
+        usable = not getattr(args, flag, False) or torch.cuda.is_available()
+        check(usable, f"--{flag}: PyTorch finds no usable GPU here; train on the CPU with --no-{flag}")
     return torch.device("cuda" if args.cuda else "cpu")
 
 
 def device_name(device: torch.device) -> str:
-    """What the GPU, or the CPU and the threads that PyTorch uses, is called in results."""
+    """The name of the GPU, or of the CPU and the number of threads that PyTorch uses."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     try:
         name = re.search(r"model name\s*: (.+)", Path("/proc/cpuinfo").read_text())[1]
-    except (OSError, TypeError):  # not Linux, or a processor that is not named there
+    except (OSError, TypeError):  # not Linux, or a processor without a name there
         name = platform.processor() or platform.machine()
     return f"{name}, {torch.get_num_threads()} thread(s)"
 
@@ -278,300 +273,44 @@ def seed_everything(seed: int, deterministic: bool) -> None:
     torch.manual_seed(seed)
 
 
-# ---- evaluation ----------------------------------------------------------------------------------------------------
-
-
-class _Shard:
-    """Some environments, each running one episode at a time."""
-
-    def __init__(self, make_env: Callable[[], gym.Env], seeds: Sequence[int]):
-        self.envs = [make_env() for _ in seeds]
-        # What is drawn once per instance (AntMaze v0's goal) must not depend on when a run was resumed
-        if self.envs:
-            self.reset(range(len(seeds)), seeds)
-
-    def reset(self, indices: Sequence[int], seeds: Sequence[int]) -> tuple[np.ndarray]:
-        return (np.stack([self.envs[index].reset(seed=int(seed))[0] for index, seed in zip(indices, seeds)]),)
-
-    def step(self, indices: Sequence[int], actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        results = [self.envs[index].step(action)[:4] for index, action in zip(indices, actions)]
-        obs, rewards, terminated, truncated = zip(*results)
-        return np.stack(obs), np.array(rewards, np.float64), np.logical_or(terminated, truncated)
-
-    def close(self) -> None:
-        for env in self.envs:
-            env.close()
-
-
-def _serve(pipe: Any, inherited: list[Any], make_env: Callable[[], gym.Env], seeds: Sequence[int]) -> None:
-    """A worker process: a `_Shard` behind a pipe, until the pipe closes."""
-    for other in inherited:  # so that the pipes close with the main process, even if it is killed
-        other.close()
-    for number in (signal.SIGINT, signal.SIGTERM):  # terminals and schedulers send these to all; the main process decides
-        signal.signal(number, signal.SIG_IGN)
-    try:
-        shard = _Shard(make_env, seeds)
-        pipe.send(())
-        while True:
-            method, *args = pipe.recv()
-            pipe.send(getattr(shard, method)(*args))
-    except (EOFError, BrokenPipeError, ConnectionResetError):
-        pass
-    except Exception as error:
-        pipe.send(error)
-
-
-class LockstepEnvs:
-    """Copies of an environment that step together, in worker processes if there are cores for it.
-
-    Create it before the first CUDA call: workers are forked.
-    """
-
-    max_workers: int | None = None  # where several runs share a machine
-
-    def __init__(self, make_env: Callable[[], gym.Env], seeds: Sequence[int], num_workers: int | None = None):
-        """`seeds`: one for each copy. `num_workers`: below 2 all copies live in this process; None chooses by cores."""
-        if num_workers is None:  # with fewer than 4 copies each, workers' messages cost more than they save
-            cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-            num_workers = min(cores - 1 if self.max_workers is None else self.max_workers, len(seeds) // 4)
-        self.num_copies, self.pipes, self.processes = len(seeds), [], []
-        self.local = _Shard(make_env, seeds) if num_workers < 2 else None
-        if self.local:
-            return
-        self.starts = np.linspace(0, len(seeds), num_workers + 1).astype(int)
-        context = multiprocessing.get_context("fork")
-        for start, stop in zip(self.starts, self.starts[1:]):
-            ours, theirs = context.Pipe()
-            self.pipes.append(ours)
-            self.processes.append(
-                context.Process(target=_serve, daemon=True, args=(theirs, list(self.pipes), make_env, seeds[start:stop]))
-            )
-            with warnings.catch_warnings():  # threads are no danger: workers use neither torch nor a lock of ours
-                warnings.simplefilter("ignore", DeprecationWarning)
-                self.processes[-1].start()
-            theirs.close()
-        for pipe in self.pipes:
-            self._receive(pipe)
-
-    @staticmethod
-    def _receive(pipe: Any) -> tuple[np.ndarray, ...]:
-        try:
-            answer = pipe.recv()
-        except (EOFError, OSError):
-            raise UserError(
-                "an evaluation worker has died (killed, or out of memory?): with less memory in use, try again"
-            ) from None
-        if isinstance(answer, Exception):
-            raise answer
-        return answer
-
-    def _call(self, method: str, indices: np.ndarray, argument: np.ndarray) -> tuple[np.ndarray, ...]:
-        if self.local:
-            return getattr(self.local, method)(indices, argument)
-        bounds, busy = np.searchsorted(indices, self.starts), []
-        for pipe, offset, start, stop in zip(self.pipes, self.starts, bounds, bounds[1:]):
-            if stop > start:
-                with contextlib.suppress(OSError):  # a dead worker shows when its answer is read
-                    pipe.send((method, indices[start:stop] - offset, argument[start:stop]))
-                busy.append(pipe)
-        return tuple(map(np.concatenate, zip(*[self._receive(pipe) for pipe in busy])))
-
-    def reset(self, indices: np.ndarray, seeds: np.ndarray) -> np.ndarray:
-        """Start an episode in the copies `indices` (m,), sorted, with `seeds` (m,): observations (m, S)."""
-        return self._call("reset", indices, seeds)[0]
-
-    def step(self, indices: np.ndarray, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Step the copies `indices` (m,), sorted, with `actions` (m, A): obs (m, S), rewards (m,), done (m,)."""
-        return self._call("step", indices, actions)
-
-    def close(self) -> None:
-        """Close the environments and end the worker processes."""
-        if self.local:
-            self.local.close()
-        for pipe in self.pipes:
-            pipe.close()
-        for process in self.processes:
-            process.join(timeout=5)
-            if process.is_alive():
-                process.kill()
-
-
-LOG_EVERY = 100  # updates between readings of the losses, which make the host wait for the device
-# So many copies at once keep a GPU and its cores busy; of the heaviest task (kitchen) they take 4 GiB
-MAX_COPIES = 64
-
-
-def make_lockstep_envs(task: Any, args: Args) -> LockstepEnvs:
-    """The copies in which a run is evaluated."""
-    copies = min(args.num_models * args.eval_episodes, MAX_COPIES) if task.make_env else 0
-    return LockstepEnvs(task.make_env, np.random.SeedSequence(args.seed).generate_state(copies))
-
-
-def run_episodes(envs: LockstepEnvs, act: Callable[[np.ndarray], np.ndarray], seeds: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """One episode for every model and seed, in lock-step; every episode that starts counts once.
-
-    Args:
-        envs: the copies; copy c runs the episodes c, c + copies, c + 2 copies, ... one after another.
-        act: observations (K, m, S) to actions (K, m, A) in the environment's units.
-        seeds: (K, E) seeds of the episodes.
-
-    Returns:
-        returns (K, E), undiscounted, and lengths (K, E) in steps.
-    """
-    num_models = len(seeds)
-    queue = seeds.T.ravel()  # the models take turns, so that each has about as many episodes running
-    episode = np.arange(min(envs.num_copies, len(queue)))  # that each copy is running
-    running = episode.copy()
-    obs = envs.reset(running, queue[episode]).astype(np.float32)
-    returns, lengths = np.zeros(len(queue)), np.zeros(len(queue), int)
-    with progress_bar(total=len(queue), unit="episode", desc="evaluating", leave=False) as progress:
-        while len(running):
-            # Pack the observations into a rectangle (K, m, S); a model with fewer episodes running has rows to spare
-            model = episode[running] % num_models
-            same = model[:, None] == model
-            column = np.tril(same, -1).sum(1)
-            batch = np.zeros((num_models, column.max() + 1, obs.shape[1]), np.float32)
-            batch[model, column] = obs[running]
-            obs[running], rewards, done = envs.step(running, act(batch)[model, column])
-            check(
-                bool(np.isfinite(obs[running]).all() and np.isfinite(rewards).all()),
-                "the environment gave an observation or a reward that is NaN or infinite: its score would mean nothing",
-            )
-            returns[episode[running]] += rewards
-            lengths[episode[running]] += 1
-            finished = running[done]
-            episode[finished] += envs.num_copies
-            again = finished[episode[finished] < len(queue)]
-            if len(again):
-                obs[again] = envs.reset(again, queue[episode[again]])
-            running = running[episode[running] < len(queue)]
-            progress.update(int(done.sum()))
-    return returns.reshape(-1, num_models).T, lengths.reshape(-1, num_models).T
-
-
-def episode_seeds(seeds: Sequence[int], epoch: int, num_episodes: int) -> np.ndarray:
-    """(K, E) seeds of an evaluation's episodes: model i's are those it would get if trained alone."""
-    return np.array([np.random.SeedSequence([seed, epoch]).generate_state(num_episodes) for seed in seeds])
-
-
-class Evaluation(NamedTuple):
-    """Undiscounted returns, scores and lengths in steps, each (K, E), of E episodes of K models, and how long they took."""
-
-    returns: np.ndarray
-    scores: np.ndarray
-    lengths: np.ndarray
-    seconds: float
-
-
-def evaluate(
-    task: Any,
-    envs: LockstepEnvs,
-    act: Callable[[np.ndarray, torch.Generator], np.ndarray],
-    args: Args,
-    epoch: int,
-    device: torch.device,
-) -> Evaluation:
-    """Evaluate the models of a run with `act`: observations (K, m, S) to actions (K, m, A) in the environment's units.
-
-    It has its own random state: training goes on as if it had not happened. Raises Interrupted.
-    """
-    start = time.perf_counter()
-    generator = torch.Generator(device).manual_seed(
-        int(np.random.SeedSequence([args.seed, epoch]).generate_state(1, np.uint64)[0])
-    )
-
-    def act_or_stop(obs: np.ndarray) -> np.ndarray:
-        check_stop()
-        return act(obs, generator)
-
-    seeds = args.model_seeds
-    returns, lengths = run_episodes(envs, act_or_stop, episode_seeds(seeds, epoch, args.eval_episodes))
-    return Evaluation(returns, np.asarray(task.score(returns), np.float64), lengths, time.perf_counter() - start)
-
-
-# ---- stopping ----------------------------------------------------------------------------------------------------------
-
-
-class Interrupted(KeyboardInterrupt):
-    """SIGINT or SIGTERM; `number` says which."""
-
-    def __init__(self, number: int):
-        self.number = number
-
-
-_stop_signal = 0  # that arrived while a run was going on, and waits for `check_stop`
-
-
-def request_stop(number: int, frame: Any = None) -> None:
-    """Signal handler of a run: stop at the next `check_stop`, where nothing is half done; the second time at once."""
-    global _stop_signal
-    if _stop_signal:
-        raise Interrupted(number)
-    _stop_signal = number
-
-
-def stop_now(number: int, frame: Any = None) -> None:
-    """Signal handler before and after a run."""
-    raise Interrupted(number)
-
-
-def check_stop() -> None:
-    """Raise Interrupted if somebody asked for a stop. Call it where the state is whole."""
-    if _stop_signal:
-        raise Interrupted(_stop_signal)
-
-
-# ---- a run's folder ----------------------------------------------------------------------------------------------------
-
-FORMAT = 2  # of a run's folder: 1 (before `stacked.py`) kept parameters by position and cannot be resumed
-EVAL_FIELDS = (
-    "epoch",
-    "seed",
-    "return_mean",
-    "return_std",
-    "score_mean",
-    "score_std",
-    "length_mean",
-    "episodes",
-    "train_seconds",
-    "eval_seconds",
-)
-EPISODE_FIELDS = ("epoch", "seed", "episode", "return", "score", "length")
+def progress_bar(**kwargs: Any) -> tqdm:
+    """A tqdm bar that is drawn often on a terminal and rarely in a log file."""
+    return tqdm(mininterval=0.2 if sys.stderr.isatty() else 30, **kwargs)
 
 
 def write_atomically(file: Path, content: bytes) -> None:
-    """Write `content` to a temporary file, flush it to disk and rename it to `file`: there is always the old one or the new.
+    """Write to a temporary file, flush it to disk and rename it to `file`, which is always the old version or the new one.
 
-    Raises UserError, with no temporary file left, if it cannot be written.
+    Raises Unwritable, with no temporary file left.
     """
     temporary = file.with_name(f"{file.name}.tmp")
     try:
-        with open(temporary, "wb") as target:
+        temporary.unlink(missing_ok=True)
+        with open(temporary, "xb") as target:  # "x" does not follow a link to another file
             target.write(content)
             target.flush()
             os.fsync(target.fileno())
         temporary.replace(file)
     except OSError as error:
-        raise Unwritable(f"cannot write {file} ({error.strerror or line(error)}): make room, or permit writing there") from None
-    finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
+        raise Unwritable(f"cannot write {file} ({error.strerror or line(error)}): free some space or check permissions") from None
 
 
 def check_writable(file: Path, flag: str) -> None:
-    """Raise UserError, before any work, unless `file` can be written; makes its folder, leaves no file that was not there."""
+    """Raise UserError, before any work, unless `file` can be written. Creates its folder."""
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        there = file.exists()
+        existed = file.exists()
         open(file, "ab").close()
-        if not there:
+        if not existed:
             file.unlink()
     except OSError as error:
         raise UserError(f"cannot write {file} ({error.strerror or line(error)}): choose another {flag}") from None
 
 
 def to_csv(fields: Sequence[str], rows: Sequence[dict[str, Any]]) -> bytes:
-    """A table with a head line."""
+    """A table with a header."""
     target = io.StringIO(newline="")
     writer = csv.DictWriter(target, fields)
     writer.writeheader()
@@ -579,136 +318,122 @@ def to_csv(fields: Sequence[str], rows: Sequence[dict[str, Any]]) -> bytes:
     return target.getvalue().encode()
 
 
-def settings_from(cls: type, saved: Any, place: str) -> dict[str, Any]:
-    """The arguments of `cls` as they were saved. Raises UserError if they are another script's or of impossible types."""
-    every = typing.get_type_hints(cls)
-    hints = {field.name: every[field.name] for field in dataclasses.fields(cls)}
-    check(isinstance(saved, dict) and saved.keys() == hints.keys(), f"{place}: the settings there are not this script's")
-    for name, hint in hints.items():
-        wrong = f"{place}: {name} = {saved[name]!r} there is impossible; put back the file that the run wrote"
-        check(_fits(saved[name], hint), wrong)
-    return {name: tuple(value) if isinstance(value, list) else value for name, value in saved.items()}
+# ---- checkpoints -------------------------------------------------------------------------------------------------------
+
+FORMAT = 3  # of a run's folder; other formats are those of other versions of this project
 
 
-def _fits(value: Any, hint: Any) -> bool:
-    """Whether a saved value is of the type that an argument has."""
-    origin, inside = typing.get_origin(hint), typing.get_args(hint)
-    if origin is typing.Literal:
-        return value in inside
-    if origin is tuple:
-        return isinstance(value, (list, tuple)) and all(_fits(element, inside[0]) for element in value)
-    if inside:  # a union
-        return any(_fits(value, kind) for kind in inside)
-    return type(value) is hint or hint is float and type(value) is int
+def read_config(run_dir: str) -> dict[str, Any]:
+    """config.json of a run. Raises UserError if the folder holds no run of this version."""
+    try:
+        config = json.loads((Path(run_dir) / "config.json").read_text()) if run_dir else {}
+        check(config["format"] == FORMAT, f"{run_dir} was made by another version of this project: resume it with that version")
+        return config
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{run_dir or '(empty)'} is not a run ({line(error)}): give a folder with config.json and checkpoint.pt"
+        ) from None
+
+
+def saved_settings(cls: type, saved: dict[str, Any], place: str) -> dict[str, Any]:
+    """The arguments of `cls` as saved; those that did not exist yet take their defaults, those that are gone are named."""
+    names = {field.name for field in dataclasses.fields(cls)}
+    if unknown := sorted(saved.keys() - names):
+        print(f"note: {place} has settings that this script does not know: {', '.join(unknown)}", file=sys.stderr)
+    settings = {name: tuple(value) if isinstance(value, list) else value for name, value in saved.items() if name in names}
+    return {**{field.name: field.default for field in dataclasses.fields(cls)}, **settings}
 
 
 def open_checkpoint(file: str | Path, device: torch.device | str = "cpu") -> dict[str, Any]:
-    """A checkpoint as `Run` saved it. Raises UserError if it is missing, unreadable or something else."""
-    device = torch.device(device)
-    check(device.type != "cuda" or torch.cuda.is_available(), 'PyTorch finds no usable GPU here: take device="cpu"')
-    try:
-        saved = torch.load(file, map_location=device, weights_only=True)
-    except Exception as error:  # torch's own advice, weights_only=False, would let a foreign file run code
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else "it is damaged or no checkpoint"
-        raise UserError(f"cannot read the checkpoint {file} ({reason}): give the checkpoint.pt of a run") from None
+    """A checkpoint as `Run` saved it. Raises UserError if it is missing, damaged or something else."""
     check(
-        isinstance(saved, dict) and not ("agent" in saved and "format" not in saved),
-        f"{file} was written by an earlier version of this project, or is no checkpoint: train anew",
+        torch.device(device).type != "cuda" or torch.cuda.is_available(), f'no usable GPU here: use device="cpu", not "{device}"'
     )
-    check(saved.get("format") == FORMAT, f"{file} is no checkpoint of a run: give the checkpoint.pt of a run")
-    kinds = {
-        "exp_name": str,
-        "args": dict,
-        "spaces": dict,
-        "step": int,
-        "logged_step": int,
-        "rows": list,
-        "episodes": list,
-        "train_seconds": float,
-        "learner": dict,
-        "random_state": torch.Tensor,
-    }
-    wrong = [name for name, kind in kinds.items() if type(saved.get(name)) is not kind]
-    check(not wrong, f"{file} is damaged: it has no usable {', '.join(wrong)}")
+    try:
+        with zipfile.ZipFile(file) as archive:  # torch does not verify the checksums in its own files
+            check(archive.testzip() is None, "a checksum is wrong")
+        saved = torch.load(file, map_location=device, weights_only=True)
+        version = saved["format"] if isinstance(saved, dict) and "format" in saved else None
+    except Exception as error:  # torch's own advice, weights_only=False, would let a foreign file run code
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else "it is damaged or not a checkpoint"
+        raise UserError(f"cannot read the checkpoint {file} ({reason}): give the checkpoint.pt of a run") from None
+    check(version == FORMAT, f"{file} is of another version of this project, or not a checkpoint of it: train again")
     return saved
 
 
-def open_policy(file: str | Path, script: str, cls: type, index: int, device: str) -> tuple[Any, dict, dict]:
-    """What deploying a policy takes: the arguments, the spaces (obs_dim, action_low, action_high), the learner's state.
+def load_policy(
+    checkpoint: str, script: str, make_agent: Callable, cls: type, index: int, device: str, seed: int, **changes: Any
+) -> Callable[[np.ndarray], np.ndarray]:
+    """What every script's `load_policy` does. `changes`: settings that differ from the checkpoint's, unless None."""
+    saved = open_checkpoint(checkpoint, device)
+    check(saved["exp_name"] == Path(script).stem, f"{checkpoint} was written by {saved['exp_name']}.py: load it with that script")
+    args = cls(**saved_settings(cls, saved["args"], checkpoint))
+    check(-args.num_models <= index < args.num_models, f"{checkpoint} holds {args.num_models} model(s): there is no {index}")
+    index %= args.num_models
+    changes = {name: value for name, value in changes.items() if value is not None}
+    args = dataclasses.replace(args.of_model(index), compile=False, **changes)
+    args.check()
+    low, high = (saved[name].cpu().numpy() for name in ("action_low", "action_high"))
+    agent = make_agent(args, saved["obs_dim"], len(low), torch.device(device))
+    params = dict(agent.named_parameters())
+    with stacked.torch.no_grad():
+        for name, value in agent.state_dict(keep_vars=True).items():
+            check(name in saved["agent"], f"{checkpoint} has no {name}: it is of another version of {saved['exp_name']}.py")
+            value.copy_(saved["agent"][name][index : index + 1] if name in params else saved["agent"][name])
+    check(all(bool(param.isfinite().all()) for param in params.values()), f"{checkpoint} holds NaN or infinity: train again")
+    generator = torch.Generator(device).manual_seed(seed)
 
-    Raises UserError if the checkpoint cannot be read, was written by another script, or has no model `index`.
-    """
-    saved = open_checkpoint(file, device)
-    check(saved["exp_name"] == Path(script).stem, f"{file} was written by {saved['exp_name']}.py: load it with that")
-    args = cls(**settings_from(cls, saved["args"], str(file)))
-    check(-args.num_models <= index < args.num_models, f"{file} holds {args.num_models} model(s): there is no {index}")
-    spaces = {name: value.cpu().numpy() if isinstance(value, torch.Tensor) else value for name, value in saved["spaces"].items()}
-    return dataclasses.replace(args, compile=False), spaces, saved["learner"]
+    def act(obs: np.ndarray) -> np.ndarray:
+        obs = np.asarray(obs, np.float32)
+        shape = f"({saved['obs_dim']},)"
+        check(
+            obs.ndim in (1, 2) and obs.shape[-1] == saved["obs_dim"],
+            f"observations have shape {obs.shape}, not {shape} or (B, *{shape})",
+        )
+        check(bool(np.isfinite(obs).all()), "observations must be finite, but some are NaN or infinite")
+        actions = agent.act(torch.as_tensor(np.atleast_2d(obs)[None], device=device), generator)[0]
+        return evaluation.to_env_units(actions.cpu().numpy().reshape(*obs.shape[:-1], -1), low, high)
 
-
-def _read_config(run_dir: str) -> dict[str, Any]:
-    """config.json of a run. Raises UserError if the folder is not a run."""
-    place = f"--resume {run_dir}" if run_dir else '--resume ""'
-    try:
-        config = json.loads((Path(run_dir) / "config.json").read_text()) if run_dir else None
-    except (OSError, ValueError):
-        config = None
-    check(
-        isinstance(config, dict) and isinstance(config.get("exp_name"), str),
-        f"{place}: no run is there; give a folder that has config.json and checkpoint.pt",
-    )
-    check(
-        config.get("format") == FORMAT,
-        f"{place}: that run was made by another version of this project, with which alone it can go on; start it anew",
-    )
-    check(
-        isinstance(config.get("data"), dict) and type(config["data"].get("fingerprint")) is int,
-        f"{place}: config.json lacks the data's fingerprint; put back the file that the run wrote",
-    )
-    return config
-
-
-# Only the hardware and the place may change when a run is resumed
-_FREE = dict.fromkeys(("resume", "run_dir", "cuda", "compile", "cudagraphs"))
+    act.about = {"seed": args.seed, **{name: args.values(name)[0] for name in args.sweep}}
+    return act
 
 
-def _check_same(settings: dict[str, Any], before: dict[str, Any], message: Callable[[str, Any, Any], str]) -> None:
-    for name, value in settings.items():
-        check(name in _FREE or before.get(name) == value, message(name, before.get(name), value))
+# ---- a run's folder ----------------------------------------------------------------------------------------------------
+
+LOG_EVERY = 100  # updates between readings of the losses, which make the host wait for the device
+EVAL_FIELDS = ("epoch", "seed", "return_mean", "return_std", "score_mean", "score_std", "length_mean", "episodes", "train_seconds",
+               "eval_seconds")  # fmt: skip
+EPISODE_FIELDS = ("epoch", "seed", "episode", "return", "score", "length")
+HARDWARE = ("resume", "run_dir", "cuda", "compile", "cudagraphs")  # what may change when a run is resumed
 
 
 class Run:
-    """A run's folder and everything that is written there, with the progress bar. Use it as a context.
+    """A run's folder and everything written to it, with the progress bar. Use it as a context manager.
 
-    On SIGINT or SIGTERM the run ends at the next `check_stop`, with a checkpoint. Whatever goes wrong with the disk ends it
-    with a UserError; the last checkpoint stays good.
+    On SIGINT or SIGTERM the run stops at the next `check_stop`, with a checkpoint. Disk errors end it with a UserError; the
+    last checkpoint remains valid.
     """
 
-    def __init__(self, script: str, args: Args, task: Any, learner: Any, device: torch.device):
-        """Make the folder, or with `args.resume` load its checkpoint into `learner`. Raises UserError if it cannot.
+    def __init__(self, script: str, args: Args, task: Any, envs: evaluation.LockstepEnvs, agent: Any):
+        """Create the folder, or with `args.resume` load its checkpoint into `agent`. Raises UserError if that fails.
 
-        `script` is the file that runs. `learner` (a `stacked.Learner`) has state_dict, load_state_dict and `sums`, the metrics
-        (K,) by name, which add up over updates.
+        script: the file that runs. agent: an nn.Module whose optimizers are attributes (see `stacked.state_of`).
         """
-        self.args, self.learner, self.score_name, self.device = args, learner, task.score_name, device
-        self.evaluates = task.make_env is not None
-        self.exp_name, self.total_steps = Path(script).stem, args.total_steps
-        self.spaces = {
-            "obs_dim": task.obs.shape[1],
-            "action_low": torch.as_tensor(task.action_low),
-            "action_high": torch.as_tensor(task.action_high),
-        }
-        self.step, self.train_seconds, self.logged_step, self.saved_step = 0, 0.0, 0, -1
+        self.args, self.task, self.envs, self.agent = args, task, envs, agent
+        self.device, self.exp_name, self.total_steps = next(agent.parameters()).device, Path(script).stem, args.total_steps
+        self.step, self.train_seconds, self.logged_step, self.saved_step, self.saved_rows = 0, 0.0, 0, -1, 0
+        self.sums: dict[str, torch.Tensor] = {}  # of the metrics since the last log, (K,)
         self.rows: list[dict[str, Any]] = []  # of eval.csv
         self.episodes: list[dict[str, Any]] = []  # one entry per evaluation: its returns, scores and lengths (K, E)
+        self.saved_at, self.save_seconds = time.perf_counter(), 0.0
         data = {"origin": task.origin, "transitions": len(task.obs), "fingerprint": task.fingerprint(), "score": task.score_name}
         if args.resume is not None:
-            config = _read_config(args.resume)
             self.dir = Path(args.resume)
+            config = read_config(args.resume)
             self._lock()
             self._resume(config, data)
         else:
-            self.dir = _create_run_dir(args.run_dir, args.env_id or Path(args.data).stem, self.exp_name, args.seed)
+            self.dir = _create_run_dir(args, self.exp_name)
             try:
                 self._lock()
                 self._begin(script, data)
@@ -717,328 +442,257 @@ class Run:
                 raise
         if not args.cuda and not torch.cuda.is_available():
             print("no GPU found: training on the CPU", file=sys.stderr)
-        print(f"{self.dir}: {args.num_models} model(s), {len(task.obs):,} transitions from {task.origin}, on {device}")
+        print(f"{self.dir}: {args.num_models} model(s), {len(task.obs):,} transitions from {task.origin}, on {self.device}")
 
     def _begin(self, script: str, data: dict[str, Any]) -> None:
-        packages, versions = ("numpy", "gymnasium", "gymnasium-robotics", "mujoco", "minari", "ogbench"), {}
-        for package in packages:
-            with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # ogbench is needed for its tasks only
+        versions = {"python": platform.python_version()}
+        for package in ("torch", "numpy", "gymnasium", "gymnasium-robotics", "mujoco", "minari", "ogbench"):
+            with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # ogbench is optional
                 versions[package] = importlib.metadata.version(package)
-        config = {
-            "format": FORMAT,
-            "exp_name": self.exp_name,
-            "args": dataclasses.asdict(self.args),
-            "data": data,
-            "device": device_name(self.device),
-            "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-            "versions": {"python": platform.python_version(), "torch": torch.__version__, **versions},
-        }
+        started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        config = {"format": FORMAT, "exp_name": self.exp_name, "args": dataclasses.asdict(self.args), "data": data,
+                  "device": device_name(self.device), "started": started, "versions": versions}  # fmt: skip
         write_atomically(self.dir / Path(script).name, Path(script).read_bytes())
         write_atomically(self.dir / "config.json", json.dumps(config, indent=2).encode())
         self.save()
 
     def _resume(self, config: dict[str, Any], data: dict[str, Any]) -> None:
-        place, settings = f"--resume {self.dir}", dataclasses.asdict(self.args)
+        place, name = f"--resume {self.dir}", config["exp_name"]
         check(
-            config["exp_name"] == self.exp_name,
-            f"{place}: that run was made by {config['exp_name']}.py, not {self.exp_name}.py; resume it with that",
+            name == self.exp_name, f"{place}: that run was made by {name}.py, not {self.exp_name}.py; resume it with that script"
         )
-        before = settings_from(type(self.args), config.get("args"), place)
-        _check_same(
-            settings, before, lambda name, old, new: f"{place}: that run has {name} = {old}, not {new}; leave the flag out"
-        )
-        check(
-            config["data"]["fingerprint"] == data["fingerprint"],
-            f"{place}: {data['origin']} is not the data that the run began with; put that back",
-        )
+        before = saved_settings(type(self.args), config["args"], place)
+        for name, value in dataclasses.asdict(self.args).items():
+            same = name in HARDWARE or before[name] == value
+            check(same, f"{place}: that run has {name} = {before[name]}, not {value}; leave the flag out")
+        same = config["data"]["fingerprint"] == data["fingerprint"]
+        check(same, f"{place}: {data['origin']} is not the data that the run began with; restore it")
         saved = open_checkpoint(self.dir / "checkpoint.pt", self.device)
-        check(saved["exp_name"] == self.exp_name, f"{place}: its checkpoint is of {saved['exp_name']}.py, its config.json is not")
-        _check_same(
-            settings,
-            saved["args"],
-            lambda name, old, new: (
-                f"{place}: its config.json has {name} = {new} and its checkpoint {old}: they are of different runs"
-            ),
-        )
-        check(
-            0 <= saved["logged_step"] <= saved["step"] <= self.total_steps,
-            f"{place}: its checkpoint is after {saved['step']} updates, the whole run has {self.total_steps}",
-        )
-        random_state, cuda_state = saved["random_state"].cpu(), saved.get("cuda_random_state")
-        check(
-            random_state.shape == torch.get_rng_state().shape and random_state.dtype == torch.uint8,
-            f"{place}: the checkpoint's random state is not this version of torch's",
-        )
-        self.learner.load_state_dict(saved["learner"])
-        torch.set_rng_state(random_state)
-        if self.device.type == "cuda" and isinstance(cuda_state, torch.Tensor):
-            torch.cuda.set_rng_state(cuda_state.cpu())
-        self.step, self.logged_step, self.train_seconds = saved["step"], saved["logged_step"], saved["train_seconds"]
-        self.rows, self.episodes = (
-            saved["rows"],
-            [
-                {name: value.cpu() if isinstance(value, torch.Tensor) else value for name, value in entry.items()}
-                for entry in saved["episodes"]
-            ],
-        )
-        self.saved_step, self._saved_rows = self.step, len(self.rows)
-        self._saved_at, self._save_seconds = time.perf_counter(), 0.0
+        try:
+            stacked.load_state(self.agent, saved["agent"])
+            torch.set_rng_state(saved["random_state"].cpu())
+            if self.device.type == "cuda" and saved["cuda_random_state"] is not None:
+                torch.cuda.set_rng_state(saved["cuda_random_state"].cpu())
+        except (ValueError, RuntimeError, TypeError) as error:
+            raise UserError(f"{place}: its checkpoint does not fit ({line(error)}): it is of another script or version") from None
+        for name in ("step", "logged_step", "train_seconds", "sums", "rows"):
+            setattr(self, name, saved[name])
+        self.episodes = [{name: torch.as_tensor(value).cpu() for name, value in entry.items()} for entry in saved["episodes"]]
+        self.saved_step, self.saved_rows = self.step, len(self.rows)
         if self.rows:
             self._write_tables()
 
     def _lock(self) -> None:
-        """Make sure that no other process writes here. The lock ends with this process, however that ends.
-
-        A POSIX lock: forked workers do not inherit it, and network file systems know it.
-        """
+        """Raise InUse if another process writes here. The lock ends with this process, however that ends."""
+        self.lock = filelock.FileLock(self.dir / ".lock")
         try:
-            self._lock_file = open(self.dir / ".lock", "a")
-            fcntl.lockf(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self.lock.acquire(timeout=0)
+        except filelock.Timeout:
+            raise InUse(f"{self.dir}: another process is writing to this run; wait for it or stop it") from None
+        except NotImplementedError:  # a file system without locks
+            pass
         except OSError as error:
-            if error.errno in (errno.EACCES, errno.EAGAIN) and not isinstance(error, PermissionError):
-                raise InUse(f"{self.dir}: another process is writing to this run; wait for it or stop it") from None
-            if error.errno != errno.ENOLCK:  # a file system without locks: go on without
-                raise Unwritable(f"cannot write to {self.dir} ({error.strerror}): make room, or permit writing there") from None
+            raise Unwritable(f"cannot write to {self.dir} ({error.strerror}): free some space or check permissions") from None
 
     def __enter__(self) -> "Run":
         global _stop_signal
         _stop_signal = 0
-        self._handlers = {number: signal.signal(number, request_stop) for number in (signal.SIGINT, signal.SIGTERM)}
-        self._excepthook, threading.excepthook = threading.excepthook, self._on_thread_error
+        self.handlers = {number: signal.signal(number, request_stop) for number in (signal.SIGINT, signal.SIGTERM)}
+        self.excepthook, threading.excepthook = threading.excepthook, self._on_thread_error
         # A killed run may have logged beyond its last checkpoint: those events are dropped
         self.writer = SummaryWriter(str(self.dir), purge_step=self.step + 1 if self.step else None)
         self.progress = progress_bar(total=self.total_steps, initial=self.step, unit="update", smoothing=0.05)
-        self._clock = time.perf_counter()
+        self.clock = time.perf_counter()
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, traceback: Any) -> None:
         global _stop_signal
         self.progress.close()
-        with contextlib.suppress(OSError):  # a full disk, of which a checkpoint has told by now
+        with contextlib.suppress(OSError):  # a full disk, which a checkpoint has reported by now
             self.writer.close()
-        for number, handler in self._handlers.items():
+        for number, handler in self.handlers.items():
             signal.signal(number, handler)
-        threading.excepthook = self._excepthook
-        stopped, _stop_signal = _stop_signal, 0
+        threading.excepthook, _stop_signal = self.excepthook, 0
+        resume = f"continue with --resume {self.dir}"
         try:
-            if kind is Interrupted and stopped:
+            if isinstance(error, Interrupted) and error.consistent:
                 self.save()
-                print(f"stopped at update {self.step}; continue with --resume {self.dir}", file=sys.stderr)
-            if kind is not None and issubclass(kind, OSError):
-                raise Unwritable(
-                    f"cannot write to {self.dir} ({error.strerror or line(error)}); its checkpoint of update "
-                    f"{self.saved_step} is good: make room and continue with --resume {self.dir}"
-                ) from None
+                print(f"stopped at update {self.step}; {resume}", file=sys.stderr)
+            if isinstance(error, (OSError, Unwritable)):
+                reason = f"cannot write to {self.dir} ({getattr(error, 'strerror', None) or line(error)}): free some space"
+                raise Unwritable(f"{reason}; its checkpoint of update {self.saved_step} is valid: {resume}") from None
+            if isinstance(error, evaluation.EnvironmentFailure):
+                raise UserError(f"{line(error)}; the run is saved: when that is fixed, {resume}") from None
         finally:
-            self._lock_file.close()
+            self.envs.close()
+            self.lock.release()
 
     def _on_thread_error(self, error: Any) -> None:
         if not issubclass(error.exc_type, OSError):  # TensorBoard's thread: the next event raises it again, here
-            self._excepthook(error)
+            self.excepthook(error)
 
     @property
     def epoch(self) -> int:
-        """Training epochs begun so far; below 0 in the epochs of pretraining."""
+        """Training epochs begun so far; negative during pretraining."""
         return (self.step - self.args.pretrain_steps) // self.args.steps_per_epoch
 
     def evaluation_due(self) -> bool:
-        """Whether an evaluation belongs here and has not been done: every so many training epochs and at the end."""
-        due = (
-            self.evaluates
-            and self.step % self.args.steps_per_epoch == 0
-            and self.epoch >= 0
-            and (self.step == self.total_steps or self.epoch > 0 and self.epoch % self.args.eval_every == 0)
-        )
-        return due and not any(row["epoch"] == self.epoch for row in self.rows)
+        """Whether an evaluation belongs here and has not been done: every `eval_every` training epochs and at the end."""
+        begins = self.step % self.args.steps_per_epoch == 0 and self.epoch >= 0
+        due = self.step == self.total_steps or self.epoch > 0 and self.epoch % self.args.eval_every == 0
+        return bool(self.task.make_env) and begins and due and not any(row["epoch"] == self.epoch for row in self.rows)
 
     def until_log(self) -> int:
         """Updates until the metrics should be logged."""
         within = self.step % self.args.steps_per_epoch
         return min(self.args.steps_per_epoch - within, LOG_EVERY - within % LOG_EVERY)
 
-    def advance(self) -> None:
-        """One more update is done: the place where a run can stop. Raises Interrupted."""
+    def advance(self, metrics: dict[str, torch.Tensor]) -> None:
+        """Count one more update and add up its metrics. Raises Interrupted if a signal has arrived."""
+        for name in metrics.keys() - self.sums.keys():
+            self.sums[name] = torch.zeros_like(metrics[name])
+        torch._foreach_add_([self.sums[name] for name in metrics], list(metrics.values()))
         self.step += 1
         self.progress.update()
         check_stop()
 
     def log(self) -> None:
-        """Write the metrics since the last log, and a checkpoint if one is due. Raises UserError if one is not finite."""
-        sums = self.learner.sums
-        each = (torch.stack(list(sums.values())) / max(1, self.step - self.logged_step)).cpu()  # waits for the device
-        means = each.mean(1).tolist()
-        seconds = time.perf_counter() - self._clock
+        """Write the metrics since the last log, and a checkpoint if one is due. Raises Diverged if one is not finite."""
+        each = torch.stack([value.expand(self.args.num_models) for value in self.sums.values()]).cpu()  # waits for the device
+        each /= max(1, self.step - self.logged_step)
+        losses = dict(zip(self.sums, each.mean(1).tolist()))
+        seconds, self.clock = time.perf_counter() - self.clock, time.perf_counter()
         self.train_seconds += seconds
-        self._clock = time.perf_counter()
-        losses = dict(zip(sums, means))
-        if not np.isfinite(means).all():
-            listed = ", ".join(f"{name} {mean:.3g}" for name, mean in losses.items())
-            raise self._diverged(f"a loss is no longer finite ({listed})")
-        losses = {name: mean for name, mean in losses.items() if mean}  # the others are not computed while pretraining
+        if not all(map(np.isfinite, losses.values())):
+            raise self._diverged(
+                f"a loss is no longer finite ({', '.join(f'{name} {mean:.3g}' for name, mean in losses.items())})"
+            )
         for name, mean in losses.items():
             self.writer.add_scalar(f"losses/{name}", mean, self.step)
-        labels = dict.fromkeys(self.args.labels)
-        if len(labels) > 1:
-            for label, part in zip(labels, each.split(self.args.num_seeds, 1)):
-                for name, mean in zip(sums, part.mean(1).tolist()):
-                    if name in losses:
-                        self.writer.add_scalar(f"losses_{label.replace(' ', '_')}/{name}", mean, self.step)
+        labels = dict.fromkeys(filter(None, self.args.labels))
+        for label, part in zip(labels, each.split(self.args.num_seeds, 1)):
+            for name, mean in zip(self.sums, part.mean(1).tolist()):
+                self.writer.add_scalar(f"losses_{label.replace(' ', '_')}/{name}", mean, self.step)
         self.writer.add_scalar("charts/SPS", (self.step - self.logged_step) / seconds, self.step)
-        self.progress.set_postfix({name: f"{mean:.3g}" for name, mean in losses.items()} | self._last_score(), refresh=False)
-        for value in sums.values():
-            value.zero_()
-        self.logged_step = self.step
-        # Checkpoints should take no more than about a twentieth of the time
-        if time.perf_counter() - self._saved_at > 20 * self._save_seconds:
+        last = [row["score_mean"] for row in self.rows if row["epoch"] == self.rows[-1]["epoch"]]
+        shown = {name: f"{mean:.3g}" for name, mean in losses.items()} | ({"score": f"{np.mean(last):.1f}"} if last else {})
+        self.progress.set_postfix(shown, refresh=False)
+        self.sums, self.logged_step = {}, self.step
+        if time.perf_counter() - self.saved_at > 20 * self.save_seconds:  # checkpoints take a twentieth of the time at most
             self.save()
 
     def _diverged(self, what: str) -> Diverged:
-        return Diverged(
-            f"update {self.step}: {what}; {self.dir}/checkpoint.pt of update {self.saved_step} is good; "
-            "try a lower --learning-rate"
-        )
+        good = f"{self.dir}/checkpoint.pt of update {self.saved_step} is valid"
+        return Diverged(f"update {self.step}: {what}; {good}; try a lower --learning-rate")
 
-    def _last_score(self) -> dict[str, str]:
-        last = [row["score_mean"] for row in self.rows if row["epoch"] == self.rows[-1]["epoch"]]
-        return {"score": f"{np.mean(last):.1f}"} if last else {}
+    def evaluate(self, act: Callable[[torch.Tensor, torch.Generator], torch.Tensor]) -> None:
+        """Run the evaluation's episodes with `act`; write eval.csv, episodes.csv, TensorBoard and a checkpoint."""
+        self.save()  # nothing that was trained is lost, whatever the environment does
+        args, start = self.args, time.perf_counter()
+        entropy = np.random.SeedSequence([args.seed, self.epoch]).generate_state(1, np.uint64)[0]
+        generator = torch.Generator(self.device).manual_seed(int(entropy))  # its own, so that training is not affected
 
-    def add_evaluation(self, evaluation: "Evaluation") -> None:
-        """Add an evaluation to eval.csv, episodes.csv, TensorBoard and the next checkpoint."""
-        returns, scores, lengths = evaluation.returns, evaluation.scores, evaluation.lengths
+        def act_in_env(obs: np.ndarray) -> np.ndarray:
+            check_stop()
+            actions = act(torch.as_tensor(obs, device=self.device), generator).cpu().numpy()
+            return evaluation.to_env_units(actions, self.task.action_low, self.task.action_high)
+
+        seeds = evaluation.episode_seeds(args.model_seeds, self.epoch, args.eval_episodes)
+        returns, lengths = evaluation.run_episodes(self.envs, act_in_env, seeds)
+        scores, seconds = np.asarray(self.task.score(returns), np.float64), time.perf_counter() - start
         rows = [
-            {
-                "epoch": self.epoch,
-                "seed": seed,
-                "return_mean": float(returns[i].mean()),
-                "return_std": float(returns[i].std()),
-                "score_mean": float(scores[i].mean()),
-                "score_std": float(scores[i].std()),
-                "length_mean": float(lengths[i].mean()),
-                "episodes": returns.shape[1],
-                "train_seconds": round(self.train_seconds, 3),
-                "eval_seconds": evaluation.seconds,
-            }
-            for i, seed in enumerate(self.args.model_seeds)
-        ]
-        for row, label in zip(rows, self.args.labels):
-            row |= {"setting": label} if label else {}
+            dict(zip(EVAL_FIELDS, (self.epoch, seed, float(returns[i].mean()), float(returns[i].std()), float(scores[i].mean()),
+                                   float(scores[i].std()), float(lengths[i].mean()), args.eval_episodes,
+                                   round(self.train_seconds, 3), seconds)))
+            | ({"setting": args.labels[i]} if args.labels[i] else {})
+            for i, seed in enumerate(args.model_seeds)
+        ]  # fmt: skip
         self.rows += rows
-        self.episodes.append(
-            {
-                "epoch": self.epoch,
-                "return": torch.from_numpy(returns),
-                "score": torch.from_numpy(scores),
-                "length": torch.from_numpy(lengths),
-            }
-        )
-        self.save()  # before the tables, so that a row there is never one that a resumed run computes again
+        results = {"epoch": torch.tensor(self.epoch), "return": returns, "score": scores, "length": lengths}
+        self.episodes.append({name: torch.as_tensor(value) for name, value in results.items()})
+        self.save()  # before the tables, so that they never hold a row that a resumed run computes again
         self._write_tables()
         for name in ("return_mean", "score_mean", "length_mean"):
             for row in rows:
-                which = f"_{row['setting'].replace(' ', '_')}" if "setting" in row else ""
-                self.writer.add_scalar(f"eval/{name}{which}_seed{row['seed']}", row[name], self.step)
+                label = f"_{row['setting'].replace(' ', '_')}" if "setting" in row else ""
+                self.writer.add_scalar(f"eval/{name}{label}_seed{row['seed']}", row[name], self.step)
             self.writer.add_scalar(f"eval/{name}", np.mean([row[name] for row in rows]), self.step)
-        self.progress.write(
-            f"epoch {self.epoch}: {self.score_name} {_by_setting(rows)}, "
-            f"{np.mean([row['length_mean'] for row in rows]):.0f} steps per episode, {evaluation.seconds:.0f} s"
-        )
-        self._clock = time.perf_counter()  # evaluation is not training time
+        score, length = f"{self.task.score_name} {_by_setting(rows)}", f"{lengths.mean():.0f} steps per episode"
+        self.progress.write(f"epoch {self.epoch}: {score}, {length}, {seconds:.0f} s")
+        self.clock = time.perf_counter()  # evaluation is not training time
 
     def _write_tables(self) -> None:
-        more = ("setting",) if self.args.labels[0] else ()  # where several are trained at once
-        write_atomically(self.dir / "eval.csv", to_csv((*EVAL_FIELDS, *more), self.rows))
+        labels = self.args.labels
+        setting = ("setting",) if labels[0] else ()  # if several are trained at once
+        write_atomically(self.dir / "eval.csv", to_csv((*EVAL_FIELDS, *setting), self.rows))
         rows = [
-            {
-                "epoch": entry["epoch"],
-                "seed": self.args.model_seeds[i],
-                "episode": episode,
-                **{name: self.args.labels[i] for name in more},
-                **{name: entry[name][i, episode].item() for name in ("return", "score", "length")},
-            }
+            {"epoch": int(entry["epoch"]), "seed": self.args.model_seeds[i], "episode": episode}
+            | {name: entry[name][i, episode].item() for name in ("return", "score", "length")}
+            | {name: labels[i] for name in setting}
             for entry in self.episodes
-            for i in range(len(entry["return"]))
-            for episode in range(entry["return"].shape[1])
+            for i, episode in np.ndindex(*entry["return"].shape)
         ]
-        write_atomically(self.dir / "episodes.csv", to_csv((*EPISODE_FIELDS, *more), rows))
+        write_atomically(self.dir / "episodes.csv", to_csv((*EPISODE_FIELDS, *setting), rows))
 
     def save(self) -> None:
         """Write checkpoint.pt: everything that the run needs to continue as if it had not stopped."""
-        if self.saved_step == self.step and self._saved_rows == len(self.rows):
+        if self.saved_step == self.step and self.saved_rows == len(self.rows):
             return
-        start = time.perf_counter()
-        checkpoint = {
-            "format": FORMAT,
-            "exp_name": self.exp_name,
-            "args": dataclasses.asdict(self.args),
-            "spaces": self.spaces,
-            "step": self.step,
-            "logged_step": self.logged_step,
-            "rows": self.rows,
-            "episodes": self.episodes,
-            "train_seconds": self.train_seconds,
-            "learner": self.learner.state_dict(),
-            "random_state": torch.get_rng_state(),
-            "cuda_random_state": torch.cuda.get_rng_state() if self.args.cuda else None,
-        }
-        params = [param for network in checkpoint["learner"]["params"].values() for param in network.values()]
-        if not all(bool(param.isfinite().all()) for param in params):
+        start, state = time.perf_counter(), stacked.state_of(self.agent)
+        if not all(bool(value.isfinite().all()) for value in state.values()):
             raise self._diverged("a parameter is no longer finite")
+        names = ("exp_name", "step", "logged_step", "train_seconds", "sums", "rows", "episodes")
+        checkpoint = {name: getattr(self, name) for name in names} | {
+            "format": FORMAT,
+            "args": dataclasses.asdict(self.args),
+            "obs_dim": self.task.obs.shape[1],
+            "action_low": torch.as_tensor(self.task.action_low),
+            "action_high": torch.as_tensor(self.task.action_high),
+            "agent": state,
+            "random_state": torch.get_rng_state(),
+            "cuda_random_state": torch.cuda.get_rng_state() if self.device.type == "cuda" else None,
+        }
         content = io.BytesIO()
         torch.save(checkpoint, content)
-        try:
-            write_atomically(self.dir / "checkpoint.pt", content.getvalue())
-        except Unwritable as error:
-            if self.saved_step < 0:
-                raise
-            raise Unwritable(
-                f"{error}; the checkpoint of update {self.saved_step} is good: continue with --resume {self.dir}"
-            ) from None
-        self.saved_step, self._saved_rows = self.step, len(self.rows)
-        self._saved_at = time.perf_counter()
-        self._save_seconds = self._saved_at - start
+        write_atomically(self.dir / "checkpoint.pt", content.getvalue())
+        self.saved_step, self.saved_rows, self.saved_at = self.step, len(self.rows), time.perf_counter()
+        self.save_seconds = self.saved_at - start
 
     def summary(self) -> dict[str, Any]:
         """Print the closing line; returns the folder and the rows of eval.csv."""
-        ended = f"{self.args.num_models} model(s), {self.train_seconds / 60:.1f} min of training, {self.dir}"
-        if not self.evaluates:
-            print(f"{self.args.data}: trained without an environment, so without a score; {ended}")
-            return {"run_dir": str(self.dir), "rows": self.rows}
-        epochs = sorted({row["epoch"] for row in self.rows})
-        by_epoch = {epoch: [row for row in self.rows if row["epoch"] == epoch] for epoch in epochs}
-        best = max(epochs, key=lambda epoch: np.mean([row["score_mean"] for row in by_epoch[epoch]]))
-        print(
-            f"{self.args.env_id}: {self.score_name} {_by_setting(by_epoch[epochs[-1]])} (last), "
-            f"{_by_setting(by_epoch[best])} (best, epoch {best}); {ended}"
-        )
+        result, ended = "trained without an environment, so without a score", f"{self.train_seconds / 60:.1f} min of training"
+        if self.rows:
+            by_epoch = {row["epoch"]: [other for other in self.rows if other["epoch"] == row["epoch"]] for row in self.rows}
+            best = max(by_epoch, key=lambda epoch: np.mean([row["score_mean"] for row in by_epoch[epoch]]))
+            last = f"{_by_setting(by_epoch[max(by_epoch)])} (last)"
+            result = f"{self.task.score_name} {last}, {_by_setting(by_epoch[best])} (best, epoch {best})"
+        print(f"{self.args.env_id or self.args.data}: {result}; {self.args.num_models} model(s), {ended}, {self.dir}")
         return {"run_dir": str(self.dir), "rows": self.rows}
 
 
-def _mean_and_spread(rows: list[dict[str, Any]]) -> str:
-    """Mean score and its standard error, over all episodes of all models (which have equally many each)."""
-    means, stds = (np.array([row[name] for row in rows]) for name in ("score_mean", "score_std"))
-    variance = (stds**2).mean() + means.var()
-    return f"{means.mean():.1f} ± {np.sqrt(variance / sum(row['episodes'] for row in rows)):.1f}"
-
-
 def _by_setting(rows: list[dict[str, Any]]) -> str:
-    """Mean score and its standard error, of each combination of settings on its own."""
+    """Mean score and its standard error over all episodes of all models, for each combination of settings."""
     groups: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
         groups.setdefault(row.get("setting", ""), []).append(row)
-    return ", ".join((f"{label}: " if label else "") + _mean_and_spread(group) for label, group in groups.items())
+    texts = []
+    for label, group in groups.items():
+        means, stds = (np.array([row[name] for row in group]) for name in ("score_mean", "score_std"))
+        error = np.sqrt(((stds**2).mean() + means.var()) / sum(row["episodes"] for row in group))
+        texts.append((f"{label}: " if label else "") + f"{means.mean():.1f} ± {error:.1f}")
+    return ", ".join(texts)
 
 
-def _create_run_dir(parent: str, env_id: str, exp_name: str, seed: int) -> Path:
-    """Make the folder `{env_id}__{exp_name}__{seed}__{unix time}` below `parent`. Raises UserError if it cannot."""
-    now = int(time.time())
-    while True:
-        run_dir = Path(parent) / f"{env_id.replace('/', '-')}__{exp_name}__{seed}__{now}"
-        try:
-            run_dir.mkdir(parents=True)
-            return run_dir
-        except FileExistsError as error:
-            if not run_dir.is_dir():
-                raise UserError(f"cannot make the run folder {run_dir} ({line(error)}): choose another --run-dir") from None
-            now += 1  # two runs in one second
-        except OSError as error:
-            raise UserError(f"cannot make the run folder {run_dir} ({line(error)}): choose another --run-dir") from None
+def _create_run_dir(args: Args, exp_name: str) -> Path:
+    """Create the folder `{env_id}__{exp_name}__{seed}__{unix time}`. Raises UserError if that fails."""
+    name, now = (args.env_id or Path(args.data).stem).replace("/", "-"), int(time.time())
+    try:
+        Path(args.run_dir).mkdir(parents=True, exist_ok=True)
+        while True:
+            run_dir = Path(args.run_dir) / f"{name}__{exp_name}__{args.seed}__{now}"
+            with contextlib.suppress(FileExistsError):  # two runs in the same second
+                run_dir.mkdir()
+                return run_dir
+            now += 1
+    except OSError as error:
+        raise UserError(f"cannot create a run folder in {args.run_dir} ({line(error)}): choose another --run-dir") from None

@@ -8,13 +8,14 @@ It differs from `idql.py` in these points:
 1. The diffusion policy itself is improved and deployed; its moving average makes the next actions in Q's target.
 2. Q is learned from sampled next actions, without V; with `--max-q-backup` from the best of ten.
 3. The chain clamps the predicted action, not its state; the network is a plain MLP, without dropout.
-4. Of 50 candidates one is drawn with probability softmax(min(Q1', Q2')).
-5. Gradients are clipped, of each model on its own.
+4. One of 50 candidates is taken with probability softmax(min(Q1', Q2')).
+5. Gradients are clipped, each model's on its own.
 
-Shapes, for one model: obs (B, S), actions (B, A) in [-1, 1], step (B, 1), noise (B, A), z (B, 5 A), coin ().
+Shapes: K models with minibatches of B; obs (K, B, S), actions (K, B, A) in [-1, 1], step (K, B, 1), noise (K, B, A),
+z (K, B, 5 A), coin (K,), rewards, terminals (K, B), both Qs (K, 2, B).
 """
 
-import contextlib
+import copy
 import functools
 import math
 from collections.abc import Callable
@@ -27,9 +28,13 @@ import torch.nn as nn
 from torch import Tensor
 
 import common
-import data
+import evaluation
 import stacked
-from stacked import Batch, Mish, Net, Params
+import tasks
+from best_of import BestOf, repeat_states
+from common import check
+from stacked import Batch, Linear, Metrics, Mish, Transitions
+from tasks import Task
 
 
 @dataclass
@@ -46,19 +51,30 @@ class Args(common.Args):
     max_norm: float = 2.0
     """the gradients of policy and of Qs are clipped to this norm"""
     num_candidates: int = 50
-    """actions drawn from the policy in each state, of which one is taken with probability softmax(Q)"""
+    """actions sampled from the policy in each state, one of which is taken with probability softmax(Q)"""
     learning_rate: float = 3e-4
-    """of the policy; that of the Qs is 3e-4"""
+    """of the policy; the Qs always use 3e-4"""
     ema: float = 0.005
-    """step of the policy's average towards the policy, every 5 updates from the 1000th on"""
+    """Polyak rate of the policy's average, updated every 5 updates from the 1000th on"""
     gamma: float = 0.99
     """discount factor"""
     tau: float = 0.005
-    """step of the target Qs towards the online Qs"""
+    """Polyak rate of the target Qs"""
     batch_size: int = 64
-    """transitions per update and model"""
+    """minibatch size"""
     epochs: int = 8
     """training epochs"""
+
+    def check(self) -> None:
+        """Raise UserError for invalid settings."""
+        super().check()
+        check(all(0 <= eta < math.inf for eta in self.values("eta")), f"--eta must be at least 0, not {self.eta}")
+        check(0 < self.max_norm < math.inf, f"--max-norm must be positive, not {self.max_norm}")
+        check(1 <= self.num_candidates <= 1e6, f"--num-candidates must be at least 1, not {self.num_candidates}")
+        check(0 < self.learning_rate < math.inf, f"--learning-rate must be positive, not {self.learning_rate}")
+        check(0 < self.ema <= 1, f"--ema must lie in (0, 1], not {self.ema}")
+        check(0 <= self.gamma <= 1, f"--gamma must lie in [0, 1], not {self.gamma}")
+        check(0 < self.tau <= 1, f"--tau must lie in (0, 1], not {self.tau}")
 
 
 # The authors': learning rate, eta, max_q_backup, epochs, max_norm. AntMaze v2 has no others than v0
@@ -87,11 +103,11 @@ SETTINGS = {
 
 
 def task_defaults(env_id: str) -> dict[str, Any]:
-    """The arguments in which a task's defaults differ from those of `Args`, which are the demo's."""
-    if env_id in data.POINTMAZES:
+    """Defaults for `env_id` that override those of `Args` (the demo's)."""
+    if env_id in tasks.POINTMAZES:
         epochs = {"dtql/pointmaze-medium-v0": 8, "dtql/pointmaze-large-v0": 14}.get(env_id)  # as many updates as DTQL's
         return {} if epochs is None else dict(epochs=epochs, eval_every=epochs // 4)
-    domain, name = data.domain(env_id), data.d4rl_id(env_id) or ""
+    ogbench, domain, name = tasks.is_ogbench(env_id), tasks.domain(env_id), tasks.d4rl_id(env_id) or ""
     if name.startswith("antmaze"):
         name = name.replace("-v2", "-v0")
     learning_rate, eta, max_q_backup, epochs, max_norm = SETTINGS.get(name, (3e-4, 1, False, 2000, 5))
@@ -99,36 +115,21 @@ def task_defaults(env_id: str) -> dict[str, Any]:
         learning_rate=learning_rate,
         eta=float(eta),
         max_q_backup=max_q_backup,
-        epochs=epochs,
+        epochs=1000 if ogbench else epochs,
         max_norm=float(max_norm),
         batch_size=256,
-        gamma=data.discount(env_id),
-        eval_episodes=100 if domain in ("antmaze", "pen", "kitchen") else 10,
-    ) | data.ogbench_defaults(env_id)
-
-
-def check_args(args: Args) -> None:
-    """Raise UserError for settings that cannot work."""
-    common.check_args(args)
-    common.check_range(
-        args,
-        eta="[0, inf)",
-        max_norm="(0, inf)",
-        num_candidates="[1, 1e6]",
-        learning_rate="(0, inf)",
-        ema="(0, 1]",
-        gamma="[0, 1]",
-        tau="(0, 1]",
+        gamma=0.995 if ogbench and tasks.is_long(env_id) else 0.99,
+        eval_every=100 if ogbench else 50,
+        eval_episodes=50 if ogbench else 100 if domain in ("antmaze", "pen", "kitchen") else 10,
     )
 
 
-def transform_rewards(task: data.Task, env_id: str) -> np.ndarray:
-    """Rewards (N,) to train on: sparse mazes 4 (r - 0.5), pen standardised, others as they are."""
-    if task.sparse_goal:
-        return 4 * (task.rewards - 0.5)
-    if data.domain(env_id) == "pen" and len(task.rewards):
-        return (task.rewards - task.rewards.mean()) / task.rewards.std(ddof=1)
-    return task.rewards
+def make_data(task: Task, args: Args, device: torch.device) -> Transitions:
+    """The data on `device`. Rewards: sparse mazes 4 (r - 0.5), pen standardised, others as they are."""
+    rewards = 4 * (task.rewards - 0.5) if task.sparse_goal else task.rewards
+    if tasks.domain(args.env_id) == "pen":
+        rewards = (rewards - rewards.mean()) / rewards.std(ddof=1)
+    return Transitions(task.obs, task.actions, rewards, task.terminals, task.next_obs, device)
 
 
 # ---- the chain: x_i = sqrt(ALPHA_BAR_i) a + sqrt(1 - ALPHA_BAR_i) noise, i = 0 ... 4 ----------------------------------
@@ -136,7 +137,7 @@ def transform_rewards(task: data.Task, env_id: str) -> np.ndarray:
 STEPS = 5
 BETA = [1 - math.exp(-0.1 / STEPS - 0.5 * 9.9 * (2 * i + 1) / STEPS**2) for i in range(STEPS)]
 ALPHA_BAR = [math.prod(1 - beta for beta in BETA[: i + 1]) for i in range(STEPS)]
-# Of x_(i-1) given x_i and the action: variance, and what the mean takes of the action and of x_i
+# Posterior of x_(i-1) given x_i and the action: its variance, and the weights of the action and of x_i in its mean
 _chain = list(zip(BETA, ALPHA_BAR, [1.0, *ALPHA_BAR]))
 POSTERIOR_VARIANCE = [beta * (1 - before) / (1 - after) for beta, after, before in _chain]
 POSTERIOR_ACTION = [beta * math.sqrt(before) / (1 - after) for beta, after, before in _chain]
@@ -151,9 +152,9 @@ def add_noise(actions: Tensor, step: Tensor, noise: Tensor) -> Tensor:
 
 
 def sample_chain(predict: Callable[[Tensor, int], Tensor], z: Tensor) -> Tensor:
-    """Actions (..., A) from Gaussian z (..., STEPS A), with the noise that `predict(x, i)` sees in x_i.
+    """Actions (..., A) from Gaussian z (..., STEPS A), with `predict(x, i)` the noise predicted in x_i.
 
-    Steps draw from the posterior of x_(i-1) given x_i and the predicted action, which is clamped to [-1, 1].
+    Each step samples the posterior of x_(i-1) given x_i and the predicted action, which is clamped to [-1, 1].
     """
     x, *noises = z.chunk(STEPS, -1)
     for i in reversed(range(STEPS)):
@@ -165,38 +166,38 @@ def sample_chain(predict: Callable[[Tensor, int], Tensor], z: Tensor) -> Tensor:
     return x.clamp(-1, 1)
 
 
-# ---- networks, each of one model -------------------------------------------------------------------------------------
+# ---- networks, written for one model -------------------------------------------------------------------------------------
 
 HIDDEN = 256
 
 
 class Critic(nn.Module):
-    """Q(s, a): obs (B, S), actions (B, A) -> (B,)."""
+    """Q(s, a), of which there are two: obs (K, B, S), actions (K, B, A) -> (K, 2, B)."""
 
     def __init__(self, obs_dim: int, action_dim: int):
         super().__init__()
         self.net = nn.Sequential(
-            nn.Linear(obs_dim + action_dim, HIDDEN), Mish(),
-            nn.Linear(HIDDEN, HIDDEN), Mish(),
-            nn.Linear(HIDDEN, HIDDEN), Mish(),
-            nn.Linear(HIDDEN, 1),
+            Linear(obs_dim + action_dim, HIDDEN), Mish(),
+            Linear(HIDDEN, HIDDEN), Mish(),
+            Linear(HIDDEN, HIDDEN), Mish(),
+            Linear(HIDDEN, 1),
         )  # fmt: skip
 
     def forward(self, obs: Tensor, actions: Tensor) -> Tensor:
-        return self.net(torch.cat((obs, actions), -1)).squeeze(-1)
+        return self.net(torch.cat((obs, actions), -1).unsqueeze(-3)).squeeze(-1)
 
 
 class Denoiser(nn.Module):
-    """The noise in x_i: noisy actions (B, A), step (B, 1), obs (B, S) -> (B, A)."""
+    """The noise in x_i: noisy actions (K, B, A), step (K, B, 1), obs (K, B, S) -> (K, B, A)."""
 
     def __init__(self, obs_dim: int, action_dim: int):
         super().__init__()
-        self.time = nn.Sequential(nn.Linear(16, 32), Mish(), nn.Linear(32, 16))
+        self.time = nn.Sequential(Linear(16, 32), Mish(), Linear(32, 16))
         self.net = nn.Sequential(
-            nn.Linear(action_dim + obs_dim + 16, HIDDEN), Mish(),
-            nn.Linear(HIDDEN, HIDDEN), Mish(),
-            nn.Linear(HIDDEN, HIDDEN), Mish(),
-            nn.Linear(HIDDEN, action_dim),
+            Linear(action_dim + obs_dim + 16, HIDDEN), Mish(),
+            Linear(HIDDEN, HIDDEN), Mish(),
+            Linear(HIDDEN, HIDDEN), Mish(),
+            Linear(HIDDEN, action_dim),
         )  # fmt: skip
         self.register_buffer("frequencies", 10000 ** (-torch.arange(8) / 7), persistent=False)
 
@@ -206,145 +207,113 @@ class Denoiser(nn.Module):
         return self.net(torch.cat((noisy_actions, embedding, obs), -1))
 
 
-# ---- losses of one model ---------------------------------------------------------------------------------------------
-
-
-def denoising_loss(denoise: Any, actions: Tensor, obs: Tensor, step: Tensor, noise: Tensor) -> Tensor:
-    """Squared error of the predicted noise, mean over batch and dimensions."""
-    return (denoise(add_noise(actions, step, noise), step.to(actions), obs) - noise).square().mean()
-
-
-def q_target(rewards: Tensor, terminals: Tensor, next_q: Tensor, gamma: float) -> Tensor:
-    """r + gamma Q'(s', a'), without Q' where the episode ended."""
-    return rewards + gamma * (1 - terminals) * next_q
-
-
 # ---- the agent ---------------------------------------------------------------------------------------------------------
 
 
-class DQL:
-    """Diffusion Q-Learning, for K models at once. A loss is that of one model, whose parameters by network are `p`."""
+class DQL(nn.Module):
+    """Diffusion Q-Learning, for K models. Every loss returns (K,) and a dict of metrics (K,) to log."""
 
-    def __init__(self, args: Args, task: data.Task, device: torch.device):
-        """The models on `device`, with the data beside them."""
-        self.args, self.device = args, device
-        rewards = transform_rewards(task, args.env_id)
-        self.data = stacked.Transitions(task.obs, task.actions, rewards, task.terminals, task.next_obs, device)
-        self.action_dim = task.actions.shape[1]
-        dims = task.obs.shape[1], self.action_dim
-        self.critic = Net(lambda: Critic(*dims), device, copies=2)
-        self.denoiser = Net(lambda: Denoiser(*dims), device)
+    def __init__(self, args: Args, obs_dim: int, action_dim: int, device: torch.device, data: Transitions | None = None):
+        """Build networks and optimizers on `device`. A policy that is only deployed needs no `data`."""
+        super().__init__()
+        self.args, self.action_dim, self.device, self.data = args, action_dim, device, data
 
-        nets = {"critic": self.critic, "denoiser": self.denoiser}
-        metrics = ["critic", "denoiser", "actor_q", "q"]
-        self.models = stacked.Learner(nets, args.model_seeds, metrics, device, args.compile, args.model_settings)
-        self.models.add_target("target_critic", "critic")
-        self.models.add_target("ema_denoiser", "denoiser")
-        self.models.optimize(self.critic_loss, "critic", lr=3e-4, max_norm=args.max_norm)
-        self.models.optimize(self.denoiser_loss, "denoiser", lr=args.learning_rate, max_norm=args.max_norm)
-        self.train_step = self.models.buffers["train_step"] = torch.zeros((), device=device)
-        self.best_of = stacked.BestOf(
-            self.sample,
-            self.target_q if args.num_candidates > 1 else None,
-            ("denoiser", "target_critic"),
-            args.num_candidates,
-            task.action_low,
-            task.action_high,
-            device,
-            args.compile,
-            draws=STEPS,
-        )
+        def make_model() -> nn.ModuleDict:
+            return nn.ModuleDict({
+                "critic": stacked.stack([Critic(obs_dim, action_dim), Critic(obs_dim, action_dim)]),
+                "denoiser": Denoiser(obs_dim, action_dim),
+            })  # fmt: skip
 
-    def chain(self, params: Params, obs: Tensor, z: Tensor) -> Tensor:
-        """Actions (..., A) of the diffusion policy with `params` in obs (..., S), from z (..., 5 A); all of it has a gradient."""
-        return sample_chain(lambda x, i: self.denoiser(params, x, torch.full_like(x[..., :1], i), obs), z)
+        self.critic, self.denoiser = stacked.stack_seeds(make_model, args.model_seeds).to(device).values()
+        self.target_critic = copy.deepcopy(self.critic).requires_grad_(False)
+        self.ema_denoiser = copy.deepcopy(self.denoiser).requires_grad_(False)
+        self.critic_optimizer = torch.optim.Adam(self.critic.parameters(), 3e-4, fused=True)
+        self.denoiser_optimizer = torch.optim.Adam(self.denoiser.parameters(), args.learning_rate, fused=True)
+        self.register_buffer("train_step", torch.zeros((), device=device))
 
-    def critic_loss(self, p: dict[str, Params], batch: Batch, z: Tensor) -> tuple[Tensor, Params]:
-        """Both Qs on r + gamma min Q'(s', a'), a' of the policy's average; the largest of several a', z (candidates, B, 5 A)."""
+        self.eta = args.per_model("eta", device)
+        self.step_critic = stacked.make_step(self.critic_loss, self.critic_optimizer, args.compile, args.max_norm)
+        self.step_denoiser = stacked.make_step(self.denoiser_loss, self.denoiser_optimizer, args.compile, args.max_norm)
+        judge = self.target_critic if args.num_candidates > 1 else None
+        self.act = BestOf(self.sample, STEPS * action_dim, judge, args.num_candidates, compile=args.compile)
+
+    def critic_loss(self, batch: Batch, z: Tensor) -> tuple[Tensor, Metrics]:
+        """Both Qs on r + gamma min Q'(s', a'), a' of the policy's average; the largest of M next actions, z (K, M, B, 5 A)."""
         with torch.no_grad():
-            next_obs = batch.next_obs.expand(*z.shape[:-1], -1)
-            next_actions = self.chain(p["ema_denoiser"], next_obs, z)
-            next_q = self.critic(p["target_critic"], next_obs, next_actions).amax(1).amin(0)
-        q = self.critic(p["critic"], batch.obs, batch.actions)
-        target = q_target(batch.rewards, batch.terminals, next_q, self.args.gamma)
-        loss = (q - target).square().mean(1).sum()
-        return loss, {"critic": loss, "q": q.mean()}
+            candidates = z.shape[1]
+            next_obs = batch.next_obs.unsqueeze(1).expand(-1, candidates, -1, -1).flatten(1, 2)
+            next_actions = self.chain(self.ema_denoiser, next_obs, z.flatten(1, 2))
+            next_q = self.target_critic(next_obs, next_actions).unflatten(2, (candidates, -1)).amax(2).amin(1)
+            target = batch.rewards + self.args.gamma * (1 - batch.terminals) * next_q
+        q = self.critic(batch.obs, batch.actions)
+        loss = (q - target[:, None]).square().mean(-1).sum(1)
+        return loss, {"critic": loss, "q": q.mean((-1, -2))}
 
-    def denoiser_loss(
-        self, p: dict[str, Params], batch: Batch, step: Tensor, noise: Tensor, z: Tensor, coin: Tensor
-    ) -> tuple[Tensor, Params]:
-        """Cloning, minus eta times one of the Qs, which `coin` chooses, over the mean size of the other. The Qs are fixed."""
-        clone = denoising_loss(functools.partial(self.denoiser, p["denoiser"]), batch.actions, batch.obs, step, noise)
-        q = self.critic(p["critic"], batch.obs, self.chain(p["denoiser"], batch.obs, z))  # (2, B)
-        mean, size = q.mean(1), q.detach().abs().mean(1) + 1e-6
-        actor_q = torch.where(coin < 0.5, mean[0] / size[1], mean[1] / size[0])
-        return clone - p["settings"]["eta"] * actor_q, {"denoiser": clone, "actor_q": mean.mean()}
+    def denoiser_loss(self, batch: Batch, step: Tensor, noise: Tensor, z: Tensor, coin: Tensor) -> tuple[Tensor, Metrics]:
+        """Cloning, minus eta times one of the Qs, which `coin` chooses, divided by the mean size of the other."""
+        predicted = self.denoiser(add_noise(batch.actions, step, noise), step.to(noise), batch.obs)
+        clone = (predicted - noise).square().mean((-1, -2))
+        q = self.critic(batch.obs, self.chain(self.denoiser, batch.obs, z))
+        mean, size = q.mean(-1), q.detach().abs().mean(-1) + 1e-6
+        actor_q = torch.where(coin < 0.5, mean[:, 0] / size[:, 1], mean[:, 1] / size[:, 0])
+        return clone - self.eta * actor_q, {"denoiser": clone, "actor_q": mean.mean(-1)}
 
-    def update(self) -> None:
-        """One update: Qs, policy, its average, targets, on one minibatch. Tensors only, of static shapes."""
-        args, models, shape = self.args, self.models, (self.models.num_models, self.args.batch_size)
-        batch, num_models, width = self.data.sample(*shape), models.num_models, STEPS * self.action_dim
-        step = torch.randint(STEPS, (*shape, 1), device=self.device)
-        noise = torch.randn(*shape, self.action_dim, device=self.device)
-        z = torch.randn(*shape, width, device=self.device)
-        next_z = torch.randn(num_models, 10 if args.max_q_backup else 1, args.batch_size, width, device=self.device)
+    def chain(self, denoiser: nn.Module, obs: Tensor, z: Tensor) -> Tensor:
+        """Actions (K, B, A) of a diffusion policy in obs (K, B, S), from z (K, B, 5 A); differentiable throughout."""
+        return sample_chain(lambda x, i: denoiser(x, torch.full_like(x[..., :1], i), obs), z)
+
+    def update(self) -> Metrics:
+        """One update: Qs, policy, its average, target Qs, on one minibatch. Tensors only, with static shapes."""
+        args, (num_models, batch_size) = self.args, (self.args.num_models, self.args.batch_size)
+        batch, width = self.data.sample(num_models, batch_size), STEPS * self.action_dim
+        step = torch.randint(STEPS, (num_models, batch_size, 1), device=self.device)
+        noise = torch.randn(num_models, batch_size, self.action_dim, device=self.device)
+        z = torch.randn(num_models, batch_size, width, device=self.device)
+        next_z = torch.randn(num_models, 10 if args.max_q_backup else 1, batch_size, width, device=self.device)
         coin = torch.rand(num_models, device=self.device)
 
-        models.step(self.critic_loss, batch, next_z)
-        models.step(self.denoiser_loss, batch, step, noise, z, coin)
-        models.average("ema_denoiser", "denoiser", args.ema * (self.train_step >= 1000) * (self.train_step % 5 == 0))
-        models.average("target_critic", "critic", args.tau)
+        metrics = self.step_critic(batch, next_z)
+        metrics |= self.step_denoiser(batch, step, noise, z, coin)
+        ema = args.ema * (self.train_step >= 1000) * (self.train_step % 5 == 0)  # a tensor: the host must not branch
+        stacked.polyak_update(self.ema_denoiser, self.denoiser, ema)
+        stacked.polyak_update(self.target_critic, self.critic, args.tau)
         self.train_step += 1
+        return metrics
 
-    # The choice of an action
-
-    def sample(self, p: dict[str, Params], obs: Tensor, z: Tensor) -> Tensor:
-        """Actions (..., A) of the diffusion policy in observations (..., S), from noise z (..., 5 A)."""
-        return self.chain(p["denoiser"], obs.expand(*z.shape[:-1], -1), z)
-
-    def target_q(self, p: dict[str, Params], obs: Tensor, actions: Tensor, copy: int) -> Tensor:
-        """One of the target Qs (...,) of actions (..., A) in states (..., S)."""
-        return self.critic(p["target_critic"], obs, actions, copy=copy)
+    def sample(self, obs: Tensor, z: Tensor) -> Tensor:
+        """Candidates (K, n, N, A) of the diffusion policy in states (K, n, S), from noise z (K, n, N, 5 A)."""
+        return self.chain(self.denoiser, repeat_states(obs, z.shape[2]), z.flatten(1, 2)).view(*z.shape[:3], -1)
 
 
 def load_policy(checkpoint: str, index: int = 0, device: str = "cpu", seed: int = 0) -> Callable[[np.ndarray], np.ndarray]:
     """The deployed policy of model `index` in a checkpoint.
 
-    Returns a callable from one observation (S,) or a batch (B, S) to actions (A,) or (B, A) in the environment's own
-    units. Raises UserError if the checkpoint cannot be read or has no such model.
+    Returns a function from one observation (S,) or a batch (B, S) to actions (A,) or (B, A) in the environment's units.
+    Raises UserError if the checkpoint cannot be read or has no such model.
     """
-    args, spaces, learner = common.open_policy(checkpoint, __file__, Args, index, device)
-    agent = DQL(args, data.Task.without_data(**spaces), torch.device(device))
-    agent.models.load_state_dict(learner)
-    return agent.best_of.of_one(agent.models.params, index, spaces["obs_dim"], seed, args.about(index))
-
-
-def evaluate(agent: DQL, task: data.Task, envs: common.LockstepEnvs, epoch: int) -> common.Evaluation:
-    """Episodes of all models in lock-step."""
-    act = lambda obs, generator: agent.best_of(agent.models.params, obs, generator)
-    return common.evaluate(task, envs, act, agent.args, epoch, agent.device)
+    return common.load_policy(checkpoint, __file__, DQL, Args, index, device, seed)
 
 
 def main(args: Args) -> dict[str, Any]:
     """Train and evaluate. Returns the run's folder and the rows of its eval.csv; raises UserError for bad input."""
-    check_args(args)
+    args.check()
     device = common.find_device(args)
-    task = data.task_of(args)
-    envs = common.make_lockstep_envs(task, args)
+    task = tasks.load_task(args)
+    envs = evaluation.make_envs(task.make_env, args)
     common.seed_everything(args.seed, args.torch_deterministic)
-    agent = DQL(args, task, device)
-    prepare = functools.cache(lambda: agent.models.prepare(agent.update, args.cudagraphs and args.cuda))
+    data = make_data(task, args, device)
+    agent = DQL(args, task.obs.shape[1], task.actions.shape[1], device, data)
+    fastest = functools.cache(lambda: stacked.fastest(agent.update, agent, args.compile, args.cudagraphs and args.cuda))
 
-    with contextlib.closing(envs), common.Run(__file__, args, task, agent.models, device) as run:
+    with common.Run(__file__, args, task, envs, agent) as run:
         while True:
             if run.evaluation_due():
-                run.add_evaluation(evaluate(agent, task, envs, run.epoch))
+                run.evaluate(agent.act)
             if run.step == args.total_steps:
                 break
-            update = prepare()
+            update = fastest()
             for _ in range(run.until_log()):
-                update()
-                run.advance()
+                run.advance(update())
             run.log()
         run.save()
     return run.summary()

@@ -4,14 +4,15 @@ A diffusion policy only clones behaviour; a one-step policy is deployed. The one
 and is held near the data by a diffusion trust-region loss. Equation, section and appendix numbers are those of Chen,
 Wang and Zhou, "Diffusion Policies Creating a Trust Region for Offline Reinforcement Learning" (2024).
 
-Shapes, for one model: obs (B, S), actions (B, A) in [-1, 1], sigma (B, 1), rewards, terminals, Q and V (B,).
+Shapes: K models with minibatches of B; obs (K, B, S), actions (K, B, A) in [-1, 1], sigma (K, B, 1), rewards, terminals and
+V (K, B), both Qs (K, 2, B). The networks are written for one model and stacked; a loss is (K,), one value per model.
 """
 
-import contextlib
+import copy
 import functools
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -20,10 +21,12 @@ import torch.nn as nn
 from torch import Tensor
 
 import common
-import data
+import evaluation
 import stacked
+import tasks
+from best_of import BestOf, repeat_states
 from common import check
-from stacked import Batch, Mish, Net, Params
+from stacked import Batch, LayerNorm, Linear, Metrics, Mish, Transitions
 
 
 @dataclass
@@ -40,19 +43,32 @@ class Args(common.Args):
     nll: bool = True
     """add the negative log-likelihood of the data's actions to the policy loss (Section 2.4)"""
     policy: Literal["gaussian", "implicit"] = "gaussian"
-    """one-step policy: a tanh Gaussian, or a generator built like the diffusion policy"""
+    """one-step policy: a tanh Gaussian, or a generator with the architecture of the diffusion policy"""
     learning_rate: float = 3e-4
-    """of the diffusion policy and the one-step policy; Q and V always have 3e-4"""
+    """of the diffusion policy and the one-step policy; Q and V always use 3e-4"""
     lr_decay: bool = False
     """decay all learning rates to 0 along a cosine over the training epochs"""
     gamma: float = 0.99
     """discount factor"""
     tau: float = 0.005
-    """step of the target Qs towards the online Qs, the paper's 1 - rho"""
+    """Polyak rate of the target Qs, the paper's 1 - rho"""
     pretrain_epochs: int = 1
     """epochs that train only the critic and the diffusion policy, before the training epochs"""
     num_candidates: int = 1024
-    """actions drawn from the policy in each state, of which one is taken with probability softmax(Q) (Appendix D)"""
+    """actions sampled from the policy in each state, one of which is taken with probability softmax(Q) (Appendix D)"""
+
+    def check(self) -> None:
+        """Raise UserError for invalid settings."""
+        super().check()
+        check(all(0 <= alpha < math.inf for alpha in self.values("alpha")), f"--alpha must be at least 0, not {self.alpha}")
+        check(all(0 < tau < 1 for tau in self.values("expectile")), f"--expectile must lie in (0, 1), not {self.expectile}")
+        check(0 < self.learning_rate < math.inf, f"--learning-rate must be positive, not {self.learning_rate}")
+        check(0 <= self.gamma <= 1, f"--gamma must lie in [0, 1], not {self.gamma}")
+        check(0 < self.tau <= 1, f"--tau must lie in (0, 1], not {self.tau}")
+        check(0 <= self.pretrain_epochs <= 1e9, f"--pretrain-epochs must not be negative, not {self.pretrain_epochs}")
+        check(1 <= self.num_candidates <= 1e6, f"--num-candidates must be at least 1, not {self.num_candidates}")
+        if self.policy == "implicit":
+            check(not self.nll, "--policy implicit has no likelihood, which the NLL term needs: add --no-nll")
 
 
 # Table 4: alpha, expectile, NLL, training epochs, learning rate, lr decay
@@ -84,20 +100,21 @@ TABLE_4 = {
     "kitchen-partial-v0": (100, 0.7, False, 1000, 1e-4, True),
     "kitchen-mixed-v0": (200, 0.7, False, 500, 3e-4, True),
 }
-OTHERS = (5, 0.7, False, 1000, 3e-4, False)  # of tasks that the paper does not have
+OTHERS = (5, 0.7, False, 1000, 3e-4, False)  # tasks that are not in the paper
 AS_ANTMAZE = (1, 0.9, True, 1000, 3e-4, False)  # OGBench: a guess
 
 
 def task_defaults(env_id: str) -> dict[str, Any]:
-    """The arguments in which a task's defaults differ from those of `Args`, which are the demo's."""
-    if env_id in data.POINTMAZES:
+    """Defaults for `env_id` that override those of `Args` (the demo's)."""
+    if env_id in tasks.POINTMAZES:
         epochs = {"dtql/pointmaze-medium-v0": 6, "dtql/pointmaze-large-v0": 12}.get(env_id)
         if epochs is None:
             return {}
-        # Larger mazes need more updates; smaller batches let three mazes pass in half an hour on two cores
+        # Larger mazes need more updates; smaller batches let three mazes finish in half an hour on two cores
         return dict(pretrain_epochs=2, epochs=epochs, eval_every=epochs // 3, batch_size=64, num_candidates=64, lr_decay=True)
-    name = data.d4rl_id(env_id) or ""  # Minari's data of the same task takes the same row
-    alpha, expectile, nll, epochs, learning_rate, lr_decay = TABLE_4.get(name, AS_ANTMAZE if data.is_ogbench(env_id) else OTHERS)
+    name = tasks.d4rl_id(env_id) or ""  # Minari's data of the same task uses the same row
+    ogbench = tasks.is_ogbench(env_id)
+    alpha, expectile, nll, epochs, learning_rate, lr_decay = TABLE_4.get(name, AS_ANTMAZE if ogbench else OTHERS)
     return dict(
         alpha=float(alpha),
         expectile=expectile,
@@ -108,27 +125,9 @@ def task_defaults(env_id: str) -> dict[str, Any]:
         pretrain_epochs=50,
         num_candidates=1024,
         batch_size=2048 if name.startswith("antmaze") else 256,
-        gamma=data.discount(env_id),
-        eval_episodes=100 if name.startswith(("antmaze", "pen", "kitchen")) else 10,
-    ) | data.ogbench_defaults(env_id)
-
-
-def check_args(args: Args) -> None:
-    """Raise UserError for settings that cannot work."""
-    common.check_args(args)
-    common.check_range(
-        args,
-        alpha="[0, inf)",
-        expectile="(0, 1)",
-        learning_rate="(0, inf)",
-        gamma="[0, 1]",
-        tau="(0, 1]",
-        pretrain_epochs="[0, 1e9]",
-        num_candidates="[1, 1e6]",
-    )
-    check(
-        not (args.nll and args.policy == "implicit"),
-        "--policy implicit has no likelihood, which the NLL term needs: add --no-nll",
+        gamma=0.995 if ogbench and tasks.is_long(env_id) else 0.99,
+        eval_every=100 if ogbench else 50,
+        eval_episodes=50 if ogbench else 100 if name.startswith(("antmaze", "pen", "kitchen")) else 10,
     )
 
 
@@ -137,10 +136,21 @@ def check_args(args: Args) -> None:
 SIGMA_DATA, SIGMA_MIN, SIGMA_MAX = 0.5, 0.002, 80.0
 SIGMA_GEN = 2.5  # noise level at which the implicit policy generates an action in one step
 
-c_skip = lambda sigma: SIGMA_DATA**2 / (sigma**2 + SIGMA_DATA**2)
-c_out = lambda sigma: sigma * SIGMA_DATA * torch.rsqrt(sigma**2 + SIGMA_DATA**2)
-c_in = lambda sigma: torch.rsqrt(sigma**2 + SIGMA_DATA**2)
-c_noise = lambda sigma: torch.log(sigma) / 4
+
+def c_skip(sigma: Tensor) -> Tensor:
+    return SIGMA_DATA**2 / (sigma**2 + SIGMA_DATA**2)
+
+
+def c_out(sigma: Tensor) -> Tensor:
+    return sigma * SIGMA_DATA * torch.rsqrt(sigma**2 + SIGMA_DATA**2)
+
+
+def c_in(sigma: Tensor) -> Tensor:
+    return torch.rsqrt(sigma**2 + SIGMA_DATA**2)
+
+
+def c_noise(sigma: Tensor) -> Tensor:
+    return torch.log(sigma) / 4
 
 
 def sample_sigma(u: Tensor) -> Tensor:
@@ -149,23 +159,23 @@ def sample_sigma(u: Tensor) -> Tensor:
     return (SIGMA_DATA * torch.exp(0.5 * torch.logit(low + (high - low) * u))).clamp(SIGMA_MIN, SIGMA_MAX)
 
 
-# ---- networks (Appendix D), each of one model ------------------------------------------------------------------------
+# ---- networks (Appendix D), written for one model --------------------------------------------------------------------
 
 HIDDEN = 256
 
 
 class Denoiser(nn.Module):
-    """The diffusion policy mu_phi(a_t, t | s) (Appendix B): noisy actions (B, A), sigma (B, 1), obs (B, S) -> (B, A)."""
+    """The diffusion policy mu_phi(a_t, t | s) (Appendix B): noisy actions (K, B, A), sigma (K, B, 1), obs (K, B, S) -> (K, B, A)."""
 
     def __init__(self, obs_dim: int, action_dim: int):
         super().__init__()
-        self.time = nn.Sequential(nn.Linear(16, 32), Mish(), nn.Linear(32, 16))
+        self.time = nn.Sequential(Linear(16, 32), Mish(), Linear(32, 16))
         self.net = nn.Sequential(
-            nn.Linear(action_dim + obs_dim + 16, HIDDEN),
-            nn.Linear(HIDDEN, HIDDEN), Mish(),
-            nn.Linear(HIDDEN, HIDDEN), Mish(),
-            nn.Linear(HIDDEN, HIDDEN), Mish(),
-            nn.Linear(HIDDEN, action_dim),
+            Linear(action_dim + obs_dim + 16, HIDDEN),
+            Linear(HIDDEN, HIDDEN), Mish(),
+            Linear(HIDDEN, HIDDEN), Mish(),
+            Linear(HIDDEN, HIDDEN), Mish(),
+            Linear(HIDDEN, action_dim),
         )  # fmt: skip
         self.register_buffer("frequencies", 10000 ** (-torch.arange(8) / 7), persistent=False)
 
@@ -177,31 +187,31 @@ class Denoiser(nn.Module):
 
 
 class Critic(nn.Module):
-    """Q(s, a): obs (B, S), actions (B, A) -> (B,)."""
+    """Q(s, a), of which there are two: obs (K, B, S), actions (K, B, A) -> (K, 2, B)."""
 
     def __init__(self, obs_dim: int, action_dim: int):
         super().__init__()
         self.net = nn.Sequential(
-            nn.Linear(obs_dim + action_dim, HIDDEN), nn.LayerNorm(HIDDEN), Mish(),
-            nn.Linear(HIDDEN, HIDDEN), nn.LayerNorm(HIDDEN), Mish(),
-            nn.Linear(HIDDEN, HIDDEN), nn.LayerNorm(HIDDEN), Mish(),
-            nn.Linear(HIDDEN, 1),
+            Linear(obs_dim + action_dim, HIDDEN), LayerNorm(HIDDEN), Mish(),
+            Linear(HIDDEN, HIDDEN), LayerNorm(HIDDEN), Mish(),
+            Linear(HIDDEN, HIDDEN), LayerNorm(HIDDEN), Mish(),
+            Linear(HIDDEN, 1),
         )  # fmt: skip
 
     def forward(self, obs: Tensor, actions: Tensor) -> Tensor:
-        return self.net(torch.cat((obs, actions), -1)).squeeze(-1)
+        return self.net(torch.cat((obs, actions), -1).unsqueeze(-3)).squeeze(-1)
 
 
 class Value(nn.Module):
-    """V(s): obs (B, S) -> (B,)."""
+    """V(s): obs (K, B, S) -> (K, B)."""
 
     def __init__(self, obs_dim: int):
         super().__init__()
         self.net = nn.Sequential(
-            nn.Linear(obs_dim, HIDDEN), Mish(),
-            nn.Linear(HIDDEN, HIDDEN), Mish(),
-            nn.Linear(HIDDEN, HIDDEN), Mish(),
-            nn.Linear(HIDDEN, 1),
+            Linear(obs_dim, HIDDEN), Mish(),
+            Linear(HIDDEN, HIDDEN), Mish(),
+            Linear(HIDDEN, HIDDEN), Mish(),
+            Linear(HIDDEN, 1),
         )  # fmt: skip
 
     def forward(self, obs: Tensor) -> Tensor:
@@ -209,18 +219,18 @@ class Value(nn.Module):
 
 
 class GaussianActor(nn.Module):
-    """The one-step policy a = tanh(mean + std z): obs (B, S) -> mean, log_std (B, A), both before the tanh."""
+    """The one-step policy a = tanh(mean + std z): obs (K, B, S) -> mean, log_std (K, B, A), both before the tanh."""
 
     def __init__(self, obs_dim: int, action_dim: int):
         super().__init__()
         self.net = nn.Sequential(
-            nn.Linear(obs_dim, HIDDEN), nn.ReLU(),
-            nn.Linear(HIDDEN, HIDDEN), nn.ReLU(),
-            nn.Linear(HIDDEN, HIDDEN), nn.ReLU(),
-            nn.Linear(HIDDEN, 2 * action_dim),
+            Linear(obs_dim, HIDDEN), nn.ReLU(),
+            Linear(HIDDEN, HIDDEN), nn.ReLU(),
+            Linear(HIDDEN, HIDDEN), nn.ReLU(),
+            Linear(HIDDEN, 2 * action_dim),
         )  # fmt: skip
         for layer in self.net:
-            if isinstance(layer, nn.Linear):
+            if isinstance(layer, Linear):
                 nn.init.orthogonal_(layer.weight)
                 nn.init.zeros_(layer.bias)
 
@@ -230,143 +240,122 @@ class GaussianActor(nn.Module):
 
 
 class ImplicitActor(Denoiser):
-    """The one-step policy a = D_theta(sigma_gen z, sigma_gen | s), built like the diffusion policy."""
+    """The one-step policy a = D_theta(sigma_gen z, sigma_gen | s), with the diffusion policy's architecture."""
 
     def forward(self, obs: Tensor, z: Tensor) -> Tensor:
         return super().forward(SIGMA_GEN * z, z.new_full((1,), SIGMA_GEN).expand(*z.shape[:-1], 1), obs)
 
 
-# ---- losses of one model ---------------------------------------------------------------------------------------------
-
-
-def expectile_loss(u: Tensor, expectile: float | Tensor) -> Tensor:
-    """Eq. 6: mean of |expectile - 1(u < 0)| u^2."""
-    return ((expectile - (u < 0).float()).abs() * u**2).mean()
-
-
-def q_target(rewards: Tensor, terminals: Tensor, next_v: Tensor, gamma: float) -> Tensor:
-    """Eq. 7's target r + gamma V(s'), without V(s') where the episode ended."""
-    return rewards + gamma * (1 - terminals) * next_v
-
-
-def denoising_loss(denoise: Any, actions: Tensor, obs: Tensor, sigma: Tensor, noise: Tensor) -> Tensor:
-    """Eq. 2 (actions from the data) and Eq. 4 (actions of the policy) with w = 1 / c_out^2, mean over dimensions too."""
-    return ((denoise(actions + sigma * noise, sigma, obs) - actions) / c_out(sigma)).square().mean()
-
-
-def gaussian_nll(mean: Tensor, log_std: Tensor, actions: Tensor) -> Tensor:
-    """-E log pi(a | s) of the Gaussian before the tanh; the tanh's Jacobian does not depend on theta."""
-    z = (torch.atanh(actions / (1 + 1e-3)) - mean) * torch.exp(-log_std)
-    return (0.5 * z**2 + log_std + 0.5 * math.log(2 * math.pi)).sum(-1).mean()
-
-
 # ---- the agent ---------------------------------------------------------------------------------------------------------
 
 
-class DTQL:
-    """Algorithm 1, for K models at once. A loss is that of one model, whose parameters by network are `p`."""
+class DTQL(nn.Module):
+    """Algorithm 1, for K models. Every loss returns (K,) and a dict of metrics (K,) to log."""
 
-    def __init__(self, args: Args, task: data.Task, device: torch.device):
-        """The models on `device`, with the data beside them."""
-        self.args, self.device = args, device
-        rewards = task.rewards - 1 if task.sparse_goal else task.rewards  # AntMaze: -1 on the way, 0 at the goal
-        self.data = stacked.Transitions(task.obs, task.actions, rewards, task.terminals, task.next_obs, device)
-        self.action_dim = task.actions.shape[1]
-        dims = task.obs.shape[1], self.action_dim
-        self.critic = Net(lambda: Critic(*dims), device, copies=2)
-        self.value = Net(lambda: Value(dims[0]), device)
-        self.denoiser = Net(lambda: Denoiser(*dims), device)
-        self.actor = Net(lambda: (GaussianActor if args.policy == "gaussian" else ImplicitActor)(*dims), device)
+    def __init__(self, args: Args, obs_dim: int, action_dim: int, device: torch.device, data: Transitions | None = None):
+        """Build networks and optimizers on `device`. A policy that is only deployed needs no `data`."""
+        super().__init__()
+        self.args, self.action_dim, self.device, self.data = args, action_dim, device, data
 
-        nets = {"critic": self.critic, "value": self.value, "denoiser": self.denoiser, "actor": self.actor}
-        metrics = ["critic", "value", "denoiser", "actor", "trust_region", "q", "entropy", "nll"]
-        self.models = stacked.Learner(nets, args.model_seeds, metrics, device, args.compile, args.model_settings)
-        self.models.add_target("target_critic", "critic")
-        self.models.optimize(self.critic_loss, "critic", "value", lr=3e-4)
-        self.models.optimize(self.denoiser_loss, "denoiser", lr=args.learning_rate)
-        self.models.optimize(self.actor_loss, "actor", lr=args.learning_rate)
-        self.train_step = self.models.buffers["train_step"] = torch.zeros((), device=device)  # updates after pretraining
-        self.best_of = stacked.BestOf(
-            self.sample,
-            self.target_q,
-            ("actor", "target_critic"),
-            args.num_candidates,
-            task.action_low,
-            task.action_high,
-            device,
-            args.compile,
-        )
+        def make_model() -> nn.ModuleDict:
+            actor = GaussianActor if args.policy == "gaussian" else ImplicitActor
+            return nn.ModuleDict({
+                "critic": stacked.stack([Critic(obs_dim, action_dim), Critic(obs_dim, action_dim)]),
+                "value": Value(obs_dim),
+                "denoiser": Denoiser(obs_dim, action_dim),
+                "actor": actor(obs_dim, action_dim),
+            })  # fmt: skip
 
-    def denoise(self, params: Params) -> Callable[..., Tensor]:
-        """The diffusion policy with `params`; what it predicts is clamped to the actions there are."""
-        return lambda *inputs: self.denoiser(params, *inputs).clamp(-1, 1)
+        self.critic, self.value, self.denoiser, self.actor = stacked.stack_seeds(make_model, args.model_seeds).to(device).values()
+        self.target_critic = copy.deepcopy(self.critic).requires_grad_(False)
+        self.critic_optimizer = torch.optim.Adam([*self.critic.parameters(), *self.value.parameters()], 3e-4, fused=True)
+        self.denoiser_optimizer = torch.optim.Adam(self.denoiser.parameters(), args.learning_rate, fused=True)
+        self.actor_optimizer = torch.optim.Adam(self.actor.parameters(), args.learning_rate, fused=True)
+        self.register_buffer("train_step", torch.zeros((), device=device))  # updates after pretraining
 
-    def critic_loss(self, p: dict[str, Params], batch: Batch) -> tuple[Tensor, Params]:
-        """Eqs. 6 and 7: no gradient reaches Q through V's loss, nor V(s') through Q's."""
-        q = self.critic(p["critic"], batch.obs, batch.actions)
-        v = self.value(p["value"], batch.obs)
-        next_v = self.value(stacked.detach(p["value"]), batch.next_obs)
-        value_loss = expectile_loss(q.detach().amin(0) - v, p["settings"]["expectile"])
-        target = q_target(batch.rewards, batch.terminals, next_v, self.args.gamma)
-        critic_loss = (target - q).square().mean(1).sum()
+        self.alpha, self.expectile = args.per_model("alpha", device), args.per_model("expectile", device)
+        self.step_critic = stacked.make_step(self.critic_loss, self.critic_optimizer, args.compile)
+        self.step_denoiser = stacked.make_step(self.denoiser_loss, self.denoiser_optimizer, args.compile)
+        self.step_actor = stacked.make_step(self.actor_loss, self.actor_optimizer, args.compile)
+        self.act = BestOf(self.sample, action_dim, self.target_critic, args.num_candidates, compile=args.compile)
+
+    def critic_loss(self, batch: Batch) -> tuple[Tensor, Metrics]:
+        """Eqs. 6 and 7. V's loss sends no gradient to Q, and Q's none to V(s')."""
+        q, v = self.critic(batch.obs, batch.actions), self.value(batch.obs)
+        with torch.no_grad():
+            target = batch.rewards + self.args.gamma * (1 - batch.terminals) * self.value(batch.next_obs)
+        value_loss = expectile_loss(q.detach().amin(1) - v, self.expectile)
+        critic_loss = (target[:, None] - q).square().mean(-1).sum(1)
         return critic_loss + value_loss, {"critic": critic_loss, "value": value_loss}
 
-    def denoiser_loss(self, p: dict[str, Params], batch: Batch, sigma: Tensor, noise: Tensor) -> tuple[Tensor, Params]:
+    def denoiser_loss(self, batch: Batch, sigma: Tensor, noise: Tensor) -> tuple[Tensor, Metrics]:
         """Eq. 2."""
-        loss = denoising_loss(self.denoise(p["denoiser"]), batch.actions, batch.obs, sigma, noise)
+        loss = self.denoising_loss(batch.actions, batch.obs, sigma, noise)
         return loss, {"denoiser": loss}
 
-    def actor_loss(self, p: dict[str, Params], batch: Batch, z: Tensor, sigma: Tensor, noise: Tensor) -> tuple[Tensor, Params]:
-        """Eq. 5, with the NLL term of Section 2.4. The diffusion policy and the critic are fixed."""
+    def actor_loss(self, batch: Batch, z: Tensor, sigma: Tensor, noise: Tensor) -> tuple[Tensor, Metrics]:
+        """Eq. 5, with the NLL term of Section 2.4. Trains the one-step policy only."""
         metrics = {}
         if self.args.policy == "gaussian":
-            mean, log_std = self.actor(p["actor"], batch.obs)
+            mean, log_std = self.actor(batch.obs)
             actions = torch.tanh(mean + torch.exp(log_std) * z)
-            metrics["entropy"] = log_std.sum(-1).mean() + 0.5 * mean.shape[-1] * math.log(2 * math.pi * math.e)
+            metrics["entropy"] = log_std.sum(-1).mean(-1) + 0.5 * mean.shape[-1] * math.log(2 * math.pi * math.e)
         else:
-            actions = self.sample(p, batch.obs, z)
-        trust_region = denoising_loss(self.denoise(p["denoiser"]), actions, batch.obs, sigma, noise)
-        # Q knows only [-1, 1]; what lies outside (implicit policy) is left to the trust region to bring back
-        q = self.critic(p["critic"], batch.obs, actions.clamp(-1, 1)).amin(0).mean()
-        loss = p["settings"]["alpha"] * trust_region - q
+            actions = self.actor(batch.obs, z)
+        trust_region = self.denoising_loss(actions, batch.obs, sigma, noise)
+        # Q is trained on [-1, 1] only, so clamp; the trust region pulls the implicit policy's actions back into range
+        q = self.critic(batch.obs, actions.clamp(-1, 1)).amin(1).mean(-1)
+        loss = self.alpha * trust_region - q
         if self.args.nll:
             metrics["nll"] = gaussian_nll(mean, log_std, batch.actions)
             loss = loss + metrics["nll"]
         return loss, {"actor": loss, "trust_region": trust_region, "q": q, **metrics}
 
-    def update(self, training: bool) -> None:
-        """One iteration of Algorithm 1; pretraining ends after the diffusion policy. Tensors only, of static shapes."""
-        args, models, shape = self.args, self.models, (self.models.num_models, self.args.batch_size)
+    def denoising_loss(self, actions: Tensor, obs: Tensor, sigma: Tensor, noise: Tensor) -> Tensor:
+        """Eq. 2 (actions from the data) and Eq. 4 (actions of the policy) with w = 1 / c_out^2, also averaged over A."""
+        denoised = self.denoiser(actions + sigma * noise, sigma, obs).clamp(-1, 1)
+        return ((denoised - actions) / c_out(sigma)).square().mean((-1, -2))
+
+    def update(self, training: bool) -> Metrics:
+        """One iteration of Algorithm 1; pretraining stops after the diffusion policy. Tensors only, with static shapes."""
+        args, shape = self.args, (self.args.num_models, self.args.batch_size)
         batch = self.data.sample(*shape)
         sigma = sample_sigma(torch.rand(2, *shape, 1, device=self.device))
         noise = torch.randn(3, *shape, self.action_dim, device=self.device)
-        decay = None
         if training and args.lr_decay:
-            decay = (1 + torch.cos(math.pi * self.train_step / (args.epochs * args.steps_per_epoch))) / 2
+            factor = (1 + torch.cos(math.pi * self.train_step / (args.epochs * args.steps_per_epoch))) / 2
+            for optimizer in (self.critic_optimizer, self.denoiser_optimizer, self.actor_optimizer):
+                stacked.set_learning_rate(optimizer, factor)
 
-        models.step(self.critic_loss, batch, decay=decay)
-        models.step(self.denoiser_loss, batch, sigma[0], noise[0], decay=decay)
+        metrics = self.step_critic(batch)
+        metrics |= self.step_denoiser(batch, sigma[0], noise[0])
         if training:
-            models.step(self.actor_loss, batch, noise[1], sigma[1], noise[2], decay=decay)
-            models.average("target_critic", "critic", args.tau)
+            metrics |= self.step_actor(batch, noise[1], sigma[1], noise[2])
+            stacked.polyak_update(self.target_critic, self.critic, args.tau)
             self.train_step += 1
+        return metrics
 
     def start_training(self) -> None:
-        """The end of pretraining: the target Qs begin as the online ones."""
-        self.models.copy("critic", "target_critic")
+        """End of pretraining: the target Qs start as copies of the online ones."""
+        self.target_critic.load_state_dict(self.critic.state_dict())
 
-    # The choice of an action (Appendix D)
-
-    def sample(self, p: dict[str, Params], obs: Tensor, z: Tensor) -> Tensor:
-        """Actions (..., A) of the one-step policy from Gaussian noise z (..., A); a Gaussian's obs (..., S) may broadcast."""
+    def sample(self, obs: Tensor, z: Tensor) -> Tensor:
+        """Candidates (K, n, N, A) of the one-step policy in states (K, n, S), from Gaussian noise (K, n, N, A)."""
         if self.args.policy == "implicit":
-            return self.actor(p["actor"], obs.expand(*z.shape[:-1], obs.shape[-1]), z)
-        mean, log_std = self.actor(p["actor"], obs)
-        return torch.tanh(mean + torch.exp(log_std) * z)
+            return self.actor(repeat_states(obs, z.shape[2]), z.flatten(1, 2)).view(z.shape)
+        mean, log_std = self.actor(obs)
+        return torch.tanh(mean.unsqueeze(2) + torch.exp(log_std).unsqueeze(2) * z)
 
-    def target_q(self, p: dict[str, Params], obs: Tensor, actions: Tensor, copy: int) -> Tensor:
-        """One of the two target Qs, which choose among the candidates."""
-        return self.critic(p["target_critic"], obs, actions, copy=copy)
+
+def expectile_loss(u: Tensor, expectile: Tensor) -> Tensor:
+    """Eq. 6: mean of |expectile - 1(u < 0)| u^2; u (K, B), expectile (K,) -> (K,)."""
+    return ((expectile[:, None] - (u < 0).float()).abs() * u**2).mean(-1)
+
+
+def gaussian_nll(mean: Tensor, log_std: Tensor, actions: Tensor) -> Tensor:
+    """-E log pi(a | s) of the Gaussian before the tanh, whose Jacobian does not depend on theta; (K, B, A) -> (K,)."""
+    z = (torch.atanh(actions / (1 + 1e-3)) - mean) * torch.exp(-log_std)
+    return (0.5 * z**2 + log_std + 0.5 * math.log(2 * math.pi)).sum(-1).mean(-1)
 
 
 def load_policy(
@@ -374,48 +363,40 @@ def load_policy(
 ) -> Callable[[np.ndarray], np.ndarray]:
     """The deployed policy of model `index` in a checkpoint.
 
-    Returns a callable from one observation (S,) or a batch (B, S) to actions (A,) or (B, A) in the environment's own
-    units. `num_candidates`: as trained if None; 1 takes a plain sample of the policy.
+    Returns a function from one observation (S,) or a batch (B, S) to actions (A,) or (B, A) in the environment's units.
+    `num_candidates`: as trained if None; 1 takes a single sample of the policy.
     Raises UserError if the checkpoint cannot be read or has no such model.
     """
-    args, spaces, learner = common.open_policy(checkpoint, __file__, Args, index, device)
-    args = replace(args, num_candidates=args.num_candidates if num_candidates is None else num_candidates)
-    check_args(args)
-    agent = DTQL(args, data.Task.without_data(**spaces), torch.device(device))
-    agent.models.load_state_dict(learner)
-    return agent.best_of.of_one(agent.models.params, index, spaces["obs_dim"], seed, args.about(index))
-
-
-def evaluate(agent: DTQL, task: data.Task, envs: common.LockstepEnvs, epoch: int) -> common.Evaluation:
-    """Episodes of all models in lock-step, with target Qs and candidates as in Appendix D."""
-    act = lambda obs, generator: agent.best_of(agent.models.params, obs, generator)
-    return common.evaluate(task, envs, act, agent.args, epoch, agent.device)
+    return common.load_policy(checkpoint, __file__, DTQL, Args, index, device, seed, num_candidates=num_candidates)
 
 
 def main(args: Args) -> dict[str, Any]:
     """Train and evaluate. Returns the run's folder and the rows of its eval.csv; raises UserError for bad input."""
-    check_args(args)
+    args.check()
     device = common.find_device(args)
-    task = data.task_of(args)
-    envs = common.make_lockstep_envs(task, args)
+    task = tasks.load_task(args)
+    envs = evaluation.make_envs(task.make_env, args)
     common.seed_everything(args.seed, args.torch_deterministic)
-    agent = DTQL(args, task, device)
-    prepare = functools.cache(
-        lambda training: agent.models.prepare(functools.partial(agent.update, training), args.cudagraphs and args.cuda)
+    rewards = task.rewards - 1 if task.sparse_goal else task.rewards  # AntMaze: -1 on the way, 0 at the goal
+    data = Transitions(task.obs, task.actions, rewards, task.terminals, task.next_obs, device)
+    agent = DTQL(args, task.obs.shape[1], task.actions.shape[1], device, data)
+    fastest = functools.cache(
+        lambda training: stacked.fastest(
+            functools.partial(agent.update, training), agent, args.compile, args.cudagraphs and args.cuda
+        )
     )
 
-    with contextlib.closing(envs), common.Run(__file__, args, task, agent.models, device) as run:
+    with common.Run(__file__, args, task, envs, agent) as run:
         while True:
             if run.evaluation_due():
-                run.add_evaluation(evaluate(agent, task, envs, run.epoch))
+                run.evaluate(agent.act)
             if run.step == args.total_steps:
                 break
             if run.step == args.pretrain_steps:
                 agent.start_training()
-            update = prepare(training=run.step >= args.pretrain_steps)
+            update = fastest(training=run.step >= args.pretrain_steps)
             for _ in range(run.until_log()):
-                update()
-                run.advance()
+                run.advance(update())
             run.log()
         run.save()
     return run.summary()

@@ -1,5 +1,5 @@
-"""Implicit Q-Learning (IQL; Kostrikov, Nair and Levine 2021): offline reinforcement learning that never asks for the value of an
-action outside the data.
+"""Implicit Q-Learning (IQL; Kostrikov, Nair and Levine 2021): offline reinforcement learning that never evaluates
+actions outside the data.
 
 Expectile regression makes V an upper expectile of Q over the data's actions; Q bootstraps from V; a Gaussian policy is
 extracted by advantage-weighted regression. Settings and order of updates are those of the official code.
@@ -9,13 +9,14 @@ It differs from `dtql_continuous.py` in these points:
 1. There is no diffusion policy and no trust region: the policy clones the data, weighted by exp(beta advantage).
 2. V regresses on the target Qs, not on the online ones; it comes first, and policy and Q use the new V.
 3. Networks have two hidden layers with ReLU and no LayerNorm; every layer starts orthogonal with gain sqrt(2).
-4. Rewards of locomotion tasks are scaled by the range of the data's returns; data actions are clipped to 1 - 1e-5.
-5. The policy's learning rate falls to 0 along a cosine over all updates. Its mean is deployed; no candidates are drawn.
+4. Rewards of locomotion tasks are scaled by the range of the data's returns; data actions are clipped to ±(1 - 1e-5).
+5. The policy's learning rate falls to 0 along a cosine over all updates. Its mean is deployed; no candidates are sampled.
 
-Shapes, for one model: obs (B, S), actions (B, A) in [-1, 1], rewards, terminals, Q and V (B,).
+Shapes: K models with minibatches of B; obs (K, B, S), actions (K, B, A) in [-1, 1], rewards, terminals and
+V (K, B), both Qs (K, 2, B).
 """
 
-import contextlib
+import copy
 import functools
 import math
 from collections.abc import Callable
@@ -28,9 +29,13 @@ import torch.nn as nn
 from torch import Tensor
 
 import common
-import data
+import evaluation
 import stacked
-from stacked import Batch, Net, Params
+import tasks
+from best_of import BestOf
+from common import check
+from stacked import Batch, Linear, Metrics, Transitions
+from tasks import Task, return_range
 
 
 @dataclass
@@ -45,17 +50,27 @@ class Args(common.Args):
     beta: float | tuple[float, ...] = 10.0
     """inverse temperature of the advantage weights"""
     dropout: float = 0.0
-    """share of the policy's hidden units that is dropped in training"""
+    """dropout probability of the policy's hidden layers"""
     learning_rate: float = 3e-4
     """of all networks; the policy's falls to 0 along a cosine"""
     gamma: float = 0.99
     """discount factor"""
     tau: float = 0.005
-    """step of the target Qs towards the online Qs"""
+    """Polyak rate of the target Qs"""
     batch_size: int = 64
-    """transitions per update and model"""
+    """minibatch size"""
     epochs: int = 12
     """training epochs"""
+
+    def check(self) -> None:
+        """Raise UserError for invalid settings."""
+        super().check()
+        check(all(0 < tau < 1 for tau in self.values("expectile")), f"--expectile must lie in (0, 1), not {self.expectile}")
+        check(all(0 <= beta < math.inf for beta in self.values("beta")), f"--beta must be at least 0, not {self.beta}")
+        check(0 <= self.dropout < 1, f"--dropout must lie in [0, 1), not {self.dropout}")
+        check(0 < self.learning_rate < math.inf, f"--learning-rate must be positive, not {self.learning_rate}")
+        check(0 <= self.gamma <= 1, f"--gamma must lie in [0, 1], not {self.gamma}")
+        check(0 < self.tau <= 1, f"--tau must lie in (0, 1], not {self.tau}")
 
 
 # Official settings: expectile, beta, dropout
@@ -64,18 +79,18 @@ SETTINGS = {
     "antmaze": (0.9, 10.0, 0.0),
     "pen": (0.7, 0.5, 0.1),
     "kitchen": (0.7, 0.5, 0.1),
-    "hopper-medium-expert-v2": (0.5, 6.0, 0.0),  # by common consent of reimplementations; unstable with the official ones
+    "hopper-medium-expert-v2": (0.5, 6.0, 0.0),  # as reimplementations do; unstable with the official ones
 }
 
 
 def task_defaults(env_id: str) -> dict[str, Any]:
-    """The arguments in which a task's defaults differ from those of `Args`, which are the demo's."""
-    if env_id in data.POINTMAZES:
+    """Defaults for `env_id` that override those of `Args` (the demo's)."""
+    if env_id in tasks.POINTMAZES:
         epochs = {"dtql/pointmaze-medium-v0": 8, "dtql/pointmaze-large-v0": 14}.get(env_id)  # as many updates as DTQL's
         return {} if epochs is None else dict(epochs=epochs, eval_every=epochs // 4)
-    domain = data.domain(env_id)
+    domain, ogbench = tasks.domain(env_id), tasks.is_ogbench(env_id)
     expectile, beta, dropout = SETTINGS.get(
-        data.d4rl_id(env_id), SETTINGS.get("antmaze" if domain == "ogbench" else domain, SETTINGS["locomotion"])
+        tasks.d4rl_id(env_id), SETTINGS.get("antmaze" if domain == "ogbench" else domain, SETTINGS["locomotion"])
     )
     return dict(
         expectile=expectile,
@@ -83,29 +98,22 @@ def task_defaults(env_id: str) -> dict[str, Any]:
         dropout=dropout,
         batch_size=256,
         epochs=1000,
-        gamma=data.discount(env_id),
-        eval_episodes=100 if domain in ("antmaze", "pen", "kitchen") else 10,
-    ) | data.ogbench_defaults(env_id)
-
-
-def check_args(args: Args) -> None:
-    """Raise UserError for settings that cannot work."""
-    common.check_args(args)
-    common.check_range(
-        args, expectile="(0, 1)", beta="[0, inf)", dropout="[0, 1)", learning_rate="(0, inf)", gamma="[0, 1]", tau="(0, 1]"
+        gamma=0.995 if ogbench and tasks.is_long(env_id) else 0.99,
+        eval_every=100 if ogbench else 50,
+        eval_episodes=50 if ogbench else 100 if domain in ("antmaze", "pen", "kitchen") else 10,
     )
 
 
-def transform_rewards(task: data.Task, env_id: str) -> np.ndarray:
-    """Rewards (N,) to train on: sparse mazes r - 1, locomotion with returns over a range of 1000, others as they are."""
-    if task.sparse_goal:
-        return task.rewards - 1
-    if data.domain(env_id) == "locomotion" and len(task.rewards):
-        return task.rewards * np.float32(1000 / data.return_range(task))
-    return task.rewards
+def make_data(task: Task, args: Args, device: torch.device) -> Transitions:
+    """The data on `device`. Rewards: sparse mazes r - 1, locomotion divided by the range of returns / 1000, others as they are."""
+    rewards = task.rewards - 1 if task.sparse_goal else task.rewards
+    if tasks.domain(args.env_id) == "locomotion":
+        rewards = rewards * np.float32(1000 / return_range(task))
+    actions = task.actions.clip(-1 + 1e-5, 1 - 1e-5)
+    return Transitions(task.obs, actions, rewards, task.terminals, task.next_obs, device)
 
 
-# ---- networks, each of one model -------------------------------------------------------------------------------------
+# ---- networks, written for one model -------------------------------------------------------------------------------------
 
 HIDDEN = 256
 
@@ -113,30 +121,30 @@ HIDDEN = 256
 def mlp(inputs: int, outputs: int) -> nn.Sequential:
     """Two hidden layers; all weights orthogonal with gain sqrt(2), the output's too."""
     net = nn.Sequential(
-        nn.Linear(inputs, HIDDEN), nn.ReLU(),
-        nn.Linear(HIDDEN, HIDDEN), nn.ReLU(),
-        nn.Linear(HIDDEN, outputs),
+        Linear(inputs, HIDDEN), nn.ReLU(),
+        Linear(HIDDEN, HIDDEN), nn.ReLU(),
+        Linear(HIDDEN, outputs),
     )  # fmt: skip
     for layer in net:
-        if isinstance(layer, nn.Linear):
+        if isinstance(layer, Linear):
             nn.init.orthogonal_(layer.weight, math.sqrt(2))
             nn.init.zeros_(layer.bias)
     return net
 
 
 class Critic(nn.Module):
-    """Q(s, a): obs (B, S), actions (B, A) -> (B,)."""
+    """Q(s, a), of which there are two: obs (K, B, S), actions (K, B, A) -> (K, 2, B)."""
 
     def __init__(self, obs_dim: int, action_dim: int):
         super().__init__()
         self.net = mlp(obs_dim + action_dim, 1)
 
     def forward(self, obs: Tensor, actions: Tensor) -> Tensor:
-        return self.net(torch.cat((obs, actions), -1)).squeeze(-1)
+        return self.net(torch.cat((obs, actions), -1).unsqueeze(-3)).squeeze(-1)
 
 
 class Value(nn.Module):
-    """V(s): obs (B, S) -> (B,)."""
+    """V(s): obs (K, B, S) -> (K, B)."""
 
     def __init__(self, obs_dim: int):
         super().__init__()
@@ -147,7 +155,7 @@ class Value(nn.Module):
 
 
 class GaussianActor(nn.Module):
-    """a ~ N(tanh(MLP(s)), std^2), std independent of the state: obs (B, S) -> mean (B, A), log_std (A,)."""
+    """a ~ N(tanh(MLP(s)), std^2), std independent of the state: obs (K, B, S) -> mean (K, B, A), log_std (K, 1, A)."""
 
     def __init__(self, obs_dim: int, action_dim: int):
         super().__init__()
@@ -155,151 +163,135 @@ class GaussianActor(nn.Module):
         self.log_std = nn.Parameter(torch.zeros(action_dim))
 
     def forward(self, obs: Tensor, masks: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """`masks` (2, B, 256): dropout of the hidden layers, 0 or 1 / (1 - share); None where there is none."""
+        """`masks` (2, K, B, 256): dropout of the hidden layers, 0 or 1 / (1 - p); None where there is none."""
         x, hidden = obs, 0
         for layer in self.net:
             x = layer(x)
             if isinstance(layer, nn.ReLU) and masks is not None:
                 x, hidden = x * masks[hidden], hidden + 1
-        return torch.tanh(x), self.log_std.clamp(-5, 2)
-
-
-# ---- losses of one model ---------------------------------------------------------------------------------------------
-
-
-def expectile_loss(u: Tensor, expectile: float | Tensor) -> Tensor:
-    """Mean of |expectile - 1(u < 0)| u^2."""
-    return ((expectile - (u < 0).float()).abs() * u**2).mean()
-
-
-def q_target(rewards: Tensor, terminals: Tensor, next_v: Tensor, gamma: float) -> Tensor:
-    """r + gamma V(s'), without V(s') where the episode ended."""
-    return rewards + gamma * (1 - terminals) * next_v
-
-
-def advantage_weights(advantages: Tensor, beta: float | Tensor) -> Tensor:
-    """min(exp(beta advantage), 100)."""
-    return torch.exp(beta * advantages).clamp(max=100)
-
-
-def gaussian_log_prob(mean: Tensor, log_std: Tensor, actions: Tensor) -> Tensor:
-    """log N(a; mean, std^2), summed over dimensions: (B,). The mean is squashed, the action is not: no tanh correction."""
-    z = (actions - mean) * torch.exp(-log_std)
-    return -(0.5 * z**2 + log_std + 0.5 * math.log(2 * math.pi)).sum(-1)
+        return torch.tanh(x), self.log_std.clamp(-5, 2).unsqueeze(-2)
 
 
 # ---- the agent ---------------------------------------------------------------------------------------------------------
 
 
-class IQL:
-    """Implicit Q-Learning, for K models at once. A loss is that of one model, whose parameters by network are `p`."""
+class IQL(nn.Module):
+    """Implicit Q-Learning, for K models. Every loss returns (K,) and a dict of metrics (K,) to log."""
 
-    def __init__(self, args: Args, task: data.Task, device: torch.device):
-        """The models on `device`, with the data beside them."""
-        self.args, self.device = args, device
-        actions = task.actions.clip(-1 + 1e-5, 1 - 1e-5)
-        rewards = transform_rewards(task, args.env_id)
-        self.data = stacked.Transitions(task.obs, actions, rewards, task.terminals, task.next_obs, device)
-        dims = task.obs.shape[1], task.actions.shape[1]
-        self.critic = Net(lambda: Critic(*dims), device, copies=2)
-        self.value = Net(lambda: Value(dims[0]), device)
-        self.actor = Net(lambda: GaussianActor(*dims), device)
+    def __init__(self, args: Args, obs_dim: int, action_dim: int, device: torch.device, data: Transitions | None = None):
+        """Build networks and optimizers on `device`. A policy that is only deployed needs no `data`."""
+        super().__init__()
+        self.args, self.action_dim, self.device, self.data = args, action_dim, device, data
 
-        nets = {"critic": self.critic, "value": self.value, "actor": self.actor}
-        metrics = ["critic", "value", "actor", "q", "advantage", "weight", "entropy"]
-        self.models = stacked.Learner(nets, args.model_seeds, metrics, device, args.compile, args.model_settings)
-        self.models.add_target("target_critic", "critic")
-        self.models.optimize(self.value_loss, "value", lr=args.learning_rate)
-        self.models.optimize(self.actor_loss, "actor", lr=args.learning_rate)
-        self.models.optimize(self.critic_loss, "critic", lr=args.learning_rate)
-        self.train_step = self.models.buffers["train_step"] = torch.zeros((), device=device)
-        self.best_of = stacked.BestOf(self.sample, None, ("actor",), 1, task.action_low, task.action_high, device, args.compile)
+        def make_model() -> nn.ModuleDict:
+            return nn.ModuleDict({
+                "critic": stacked.stack([Critic(obs_dim, action_dim), Critic(obs_dim, action_dim)]),
+                "value": Value(obs_dim),
+                "actor": GaussianActor(obs_dim, action_dim),
+            })  # fmt: skip
 
-    def advantage(self, p: dict[str, Params], batch: Batch) -> Tensor:
-        """min Q'(s, a) - V(s), (B,); only V has a gradient."""
-        return self.critic(p["target_critic"], batch.obs, batch.actions).amin(0) - self.value(p["value"], batch.obs)
+        self.critic, self.value, self.actor = stacked.stack_seeds(make_model, args.model_seeds).to(device).values()
+        self.target_critic = copy.deepcopy(self.critic).requires_grad_(False)
+        self.value_optimizer = torch.optim.Adam(self.value.parameters(), args.learning_rate, fused=True)
+        self.actor_optimizer = torch.optim.Adam(self.actor.parameters(), args.learning_rate, fused=True)
+        self.critic_optimizer = torch.optim.Adam(self.critic.parameters(), args.learning_rate, fused=True)
+        self.register_buffer("train_step", torch.zeros((), device=device))
 
-    def value_loss(self, p: dict[str, Params], batch: Batch) -> tuple[Tensor, Params]:
+        self.expectile, self.beta = args.per_model("expectile", device), args.per_model("beta", device)
+        self.step_value = stacked.make_step(self.value_loss, self.value_optimizer, args.compile)
+        self.step_actor = stacked.make_step(self.actor_loss, self.actor_optimizer, args.compile)
+        self.step_critic = stacked.make_step(self.critic_loss, self.critic_optimizer, args.compile)
+        self.act = BestOf(self.sample, action_dim, compile=args.compile)
+
+    def advantage(self, batch: Batch) -> Tensor:
+        """min Q'(s, a) - V(s), (K, B)."""
+        return self.target_critic(batch.obs, batch.actions).amin(1) - self.value(batch.obs)
+
+    def value_loss(self, batch: Batch) -> tuple[Tensor, Metrics]:
         """Expectile regression of V on the smaller target Q."""
-        loss = expectile_loss(self.advantage(p, batch), p["settings"]["expectile"])
+        loss = expectile_loss(self.advantage(batch), self.expectile)
         return loss, {"value": loss}
 
-    def actor_loss(self, p: dict[str, Params], batch: Batch, masks: Tensor | None = None) -> tuple[Tensor, Params]:
-        """Advantage-weighted regression. Q and V are fixed."""
-        advantages = self.advantage(p, batch)
-        weights = advantage_weights(advantages, p["settings"]["beta"])
-        mean, log_std = self.actor(p["actor"], batch.obs, masks)
-        loss = -(weights * gaussian_log_prob(mean, log_std, batch.actions)).mean()
-        entropy = (log_std + 0.5 * math.log(2 * math.pi * math.e)).sum()
-        return loss, {"actor": loss, "advantage": advantages.mean(), "weight": weights.mean(), "entropy": entropy}
+    def actor_loss(self, batch: Batch, masks: Tensor | None = None) -> tuple[Tensor, Metrics]:
+        """Advantage-weighted regression. Trains the policy only."""
+        with torch.no_grad():
+            advantages = self.advantage(batch)
+            weights = torch.exp(self.beta[:, None] * advantages).clamp(max=100)
+        mean, log_std = self.actor(batch.obs, masks)
+        loss = -(weights * gaussian_log_prob(mean, log_std, batch.actions)).mean(-1)
+        entropy = (log_std + 0.5 * math.log(2 * math.pi * math.e)).sum((-1, -2))
+        return loss, {"actor": loss, "advantage": advantages.mean(-1), "weight": weights.mean(-1), "entropy": entropy}
 
-    def critic_loss(self, p: dict[str, Params], batch: Batch) -> tuple[Tensor, Params]:
-        """Both Qs on r + gamma V(s'); V is fixed."""
-        q = self.critic(p["critic"], batch.obs, batch.actions)
-        target = q_target(batch.rewards, batch.terminals, self.value(p["value"], batch.next_obs), self.args.gamma)
-        loss = (target - q).square().mean(1).sum()
-        return loss, {"critic": loss, "q": q.mean()}
+    def critic_loss(self, batch: Batch) -> tuple[Tensor, Metrics]:
+        """Both Qs on r + gamma V(s')."""
+        q = self.critic(batch.obs, batch.actions)
+        with torch.no_grad():
+            target = batch.rewards + self.args.gamma * (1 - batch.terminals) * self.value(batch.next_obs)
+        loss = (target[:, None] - q).square().mean(-1).sum(1)
+        return loss, {"critic": loss, "q": q.mean((-1, -2))}
 
-    def update(self) -> None:
-        """One update: V, policy, Q, targets, all on one minibatch. Tensors only, of static shapes."""
-        args, models, shape = self.args, self.models, (self.models.num_models, self.args.batch_size)
-        batch, masks = self.data.sample(*shape), ()
+    def update(self) -> Metrics:
+        """One update: V, policy, Q, target Qs, all on one minibatch. Tensors only, with static shapes."""
+        args, shape = self.args, (self.args.num_models, self.args.batch_size)
+        batch, masks = self.data.sample(*shape), None
         if args.dropout:
-            keep = torch.rand(models.num_models, 2, args.batch_size, HIDDEN, device=self.device) >= args.dropout
-            masks = (keep / (1 - args.dropout),)
-        decay = (1 + torch.cos(math.pi * self.train_step / args.total_steps)) / 2
+            keep = torch.rand(shape[0], 2, shape[1], HIDDEN, device=self.device) >= args.dropout
+            masks = (keep / (1 - args.dropout)).transpose(0, 1)
+        factor = (1 + torch.cos(math.pi * self.train_step / args.total_steps)) / 2
+        stacked.set_learning_rate(self.actor_optimizer, factor)
 
-        models.step(self.value_loss, batch)
-        models.step(self.actor_loss, batch, *masks, decay=decay)
-        models.step(self.critic_loss, batch)
-        models.average("target_critic", "critic", args.tau)
+        metrics = self.step_value(batch)
+        metrics |= self.step_actor(batch, masks)
+        metrics |= self.step_critic(batch)
+        stacked.polyak_update(self.target_critic, self.critic, args.tau)
         self.train_step += 1
+        return metrics
 
-    # The choice of an action
+    def sample(self, obs: Tensor, z: Tensor) -> Tensor:
+        """The policy's mean (K, n, 1, A) in states (K, n, S); the noise is not used."""
+        return self.actor(obs)[0].unsqueeze(2)
 
-    def sample(self, p: dict[str, Params], obs: Tensor, z: Tensor) -> Tensor:
-        """The policy's mean (..., A) in observations (..., S); the noise is not used."""
-        return self.actor(p["actor"], obs)[0]
+
+def expectile_loss(u: Tensor, expectile: Tensor) -> Tensor:
+    """Mean of |expectile - 1(u < 0)| u^2; u (K, B), expectile (K,) -> (K,)."""
+    return ((expectile[:, None] - (u < 0).float()).abs() * u**2).mean(-1)
+
+
+def gaussian_log_prob(mean: Tensor, log_std: Tensor, actions: Tensor) -> Tensor:
+    """log N(a; mean, std^2), summed over dimensions: (K, B). The mean is squashed, the action is not: no tanh correction."""
+    z = (actions - mean) * torch.exp(-log_std)
+    return -(0.5 * z**2 + log_std + 0.5 * math.log(2 * math.pi)).sum(-1)
 
 
 def load_policy(checkpoint: str, index: int = 0, device: str = "cpu", seed: int = 0) -> Callable[[np.ndarray], np.ndarray]:
     """The deployed policy of model `index` in a checkpoint.
 
-    Returns a callable from one observation (S,) or a batch (B, S) to actions (A,) or (B, A) in the environment's own
-    units. Raises UserError if the checkpoint cannot be read or has no such model.
+    Returns a function from one observation (S,) or a batch (B, S) to actions (A,) or (B, A) in the environment's units.
+    Raises UserError if the checkpoint cannot be read or has no such model.
     """
-    args, spaces, learner = common.open_policy(checkpoint, __file__, Args, index, device)
-    agent = IQL(args, data.Task.without_data(**spaces), torch.device(device))
-    agent.models.load_state_dict(learner)
-    return agent.best_of.of_one(agent.models.params, index, spaces["obs_dim"], seed, args.about(index))
-
-
-def evaluate(agent: IQL, task: data.Task, envs: common.LockstepEnvs, epoch: int) -> common.Evaluation:
-    """Episodes of all models in lock-step."""
-    act = lambda obs, generator: agent.best_of(agent.models.params, obs, generator)
-    return common.evaluate(task, envs, act, agent.args, epoch, agent.device)
+    return common.load_policy(checkpoint, __file__, IQL, Args, index, device, seed)
 
 
 def main(args: Args) -> dict[str, Any]:
     """Train and evaluate. Returns the run's folder and the rows of its eval.csv; raises UserError for bad input."""
-    check_args(args)
+    args.check()
     device = common.find_device(args)
-    task = data.task_of(args)
-    envs = common.make_lockstep_envs(task, args)
+    task = tasks.load_task(args)
+    envs = evaluation.make_envs(task.make_env, args)
     common.seed_everything(args.seed, args.torch_deterministic)
-    agent = IQL(args, task, device)
-    prepare = functools.cache(lambda: agent.models.prepare(agent.update, args.cudagraphs and args.cuda))
+    data = make_data(task, args, device)
+    agent = IQL(args, task.obs.shape[1], task.actions.shape[1], device, data)
+    fastest = functools.cache(lambda: stacked.fastest(agent.update, agent, args.compile, args.cudagraphs and args.cuda))
 
-    with contextlib.closing(envs), common.Run(__file__, args, task, agent.models, device) as run:
+    with common.Run(__file__, args, task, envs, agent) as run:
         while True:
             if run.evaluation_due():
-                run.add_evaluation(evaluate(agent, task, envs, run.epoch))
+                run.evaluate(agent.act)
             if run.step == args.total_steps:
                 break
-            update = prepare()
+            update = fastest()
             for _ in range(run.until_log()):
-                update()
-                run.advance()
+                run.advance(update())
             run.log()
         run.save()
     return run.summary()

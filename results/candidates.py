@@ -15,8 +15,9 @@ from runs import panel_per_task
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-import common  # noqa: E402
 import data  # noqa: E402
+
+import common  # noqa: E402
 import dtql_continuous as dtql  # noqa: E402
 
 CANDIDATES = (1, 4, 16, 64, 256, 1024)

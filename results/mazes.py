@@ -14,6 +14,7 @@ from runs import labelled_runs
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import data  # noqa: E402
+
 import watch  # noqa: E402
 
 

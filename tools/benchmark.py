@@ -1,16 +1,15 @@
 """Many runs, methods x tasks x seeds, on one machine or a Ray cluster, and their report beside the paper's tables.
 
-    python benchmark.py                                       three mazes that collect their own data, every method, 3 seeds
-    python benchmark.py --tasks paper --methods dtql_continuous --num-seeds 5 --gpus-per-run 0.5        Table 1
-    python benchmark.py --tasks gym --out-dir no_nll -- --no-nll --epochs 100                             flags for the scripts
-    python benchmark.py --address auto ...                    on the Ray cluster that this machine belongs to
-    python benchmark.py --out-dir bench --report-only         the report of what is there, finished or not
+    python -m tools.benchmark                                       three mazes that collect their own data, every method, 3 seeds
+    python -m tools.benchmark --tasks paper --methods dtql_continuous --num-seeds 5 --gpus-per-run 0.5        Table 1
+    python -m tools.benchmark --tasks gym --out-dir no_nll -- --no-nll --epochs 100                             flags for the scripts
+    python -m tools.benchmark --address auto ...                    on the Ray cluster that this machine belongs to
+    python -m tools.benchmark --out-dir bench --report-only         the report of what is there, finished or not
 
 Running the same command again does what is left: a run that was killed goes on from its checkpoint.
 """
 
 import contextlib
-import importlib
 import itertools
 import json
 import os
@@ -19,6 +18,7 @@ import signal
 import socket
 import sys
 import time
+import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
@@ -29,12 +29,19 @@ import torch
 from tqdm import tqdm
 
 import common
-import data
-import report
+import evaluation
+import tasks
 from common import UserError, check
+from tools import ROOT, import_method, methods, report
 
-METHODS = ("dtql_continuous", "kl_distill", "bc", "iql", "idql", "dql", "srpo", "fql")
-SHARED_VARIABLES = ("D4RL_DATASET_DIR", "D4RL_BASE_URL", "MINARI_DATASETS_PATH", "OGBENCH_DATASET_DIR", "OGBENCH_BASE_URL")
+SHARED_VARIABLES = (
+    "D4RL_DATASET_DIR",
+    "D4RL_BASE_URL",
+    "DTQL_DATASET_DIR",
+    "MINARI_DATASETS_PATH",
+    "OGBENCH_DATASET_DIR",
+    "OGBENCH_BASE_URL",
+)
 
 
 @dataclass
@@ -43,7 +50,7 @@ class Args:
 
     tasks: tuple[str, ...] = ("pointmaze",)
     """ids, groups: pointmaze, gym, antmaze, antmaze-v2, adroit, kitchen, ogbench, paper (Table 1: gym antmaze adroit kitchen)"""
-    methods: tuple[str, ...] = METHODS
+    methods: tuple[str, ...] = methods()
     """scripts, without .py"""
     num_seeds: int = 3
     """seeds 0, 1, ... of each task and method"""
@@ -103,28 +110,31 @@ class Job(NamedTuple):
 
 def expand_tasks(names: Sequence[str]) -> list[str]:
     """Ids of the groups and ids in `names`, each once. Raises UserError for one that is neither."""
-    tasks: list[str] = []
+    ids: list[str] = []
     for name in names:
         if name not in report.GROUPS:
             try:
-                data.check_id(name)
+                tasks.check_id(name)
             except UserError as error:
                 raise UserError(f"{error}; groups are {', '.join(report.GROUPS)}") from None
-        tasks += report.GROUPS.get(name, [name])
-    return list(dict.fromkeys(tasks))
+        ids += report.GROUPS.get(name, [name])
+    return list(dict.fromkeys(ids))
 
 
 def make_jobs(args: Args, flags: Sequence[str]) -> list[Job]:
     """The runs of a benchmark. Raises UserError for unknown tasks, methods or flags."""
     for method in args.methods:
-        check(method in METHODS, f"unknown method {method}: there are {', '.join(METHODS)}")
-    common.check_range(args, num_seeds="[1, 1e4]", gpus_per_run="[0, 1000]", cpus_per_run="[1, 1e4]")
+        check(method in methods(), f"unknown method {method}: there are {', '.join(methods())}")
+    check(1 <= args.num_seeds <= 10_000, f"--num-seeds must be at least 1, not {args.num_seeds}")
+    check(0 <= args.gpus_per_run <= 1000, f"--gpus-per-run must be at least 0, not {args.gpus_per_run}")
+    check(1 <= args.cpus_per_run <= 10_000, f"--cpus-per-run must be at least 1, not {args.cpus_per_run}")
     for flag in flags:
         own = flag.split("=")[0] in ("--env-id", "--seed", "--num-seeds", "--run-dir", "--resume")
-        check(not own, f"{flag} cannot be passed on: benchmark.py sets it for each run")
+        check(not own, f"{flag} cannot be passed on: the benchmark sets it for each run")
     seeds = range(args.num_seeds) if args.one_run_per_seed else [0]
     # Runs of the same shapes share the compiler's cache, so that it pays even for short ones
-    hardware = ("--compile",) if args.gpus_per_run else ("--compile", "--no-cuda", "--no-cudagraphs")
+    gpu = ("--cuda", "--cudagraphs") if args.gpus_per_run else ("--no-cuda", "--no-cudagraphs")
+    hardware = ("--compile", *gpu)
     out = Path(args.out_dir).absolute()
     num_seeds = 1 if args.one_run_per_seed else args.num_seeds
     jobs = itertools.product(expand_tasks(args.tasks), dict.fromkeys(args.methods), seeds)
@@ -161,9 +171,9 @@ def run_job(job: Job, cpus: int) -> dict[str, Any]:
     folder = Path(job.folder)
     folder.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(cpus)
-    common.LockstepEnvs.max_workers = cpus - 1
+    evaluation.LockstepEnvs.max_workers = cpus - 1
     started, status = time.time(), ""
-    module = importlib.import_module(job.method)
+    module = import_method(job.method)
     with output_to(folder / "log.txt"):
         while True:
             try:
@@ -176,6 +186,9 @@ def run_job(job: Job, cpus: int) -> dict[str, Any]:
                 if isinstance(error, (common.InUse, common.Unwritable)):
                     raise  # may have passed when the command is given again: not a result
                 status = "diverged" if isinstance(error, common.Diverged) else str(error)
+            except Exception:
+                traceback.print_exc()  # into the log
+                raise
             except SystemExit:
                 status = "its flags are wrong: see log.txt"
             break
@@ -208,7 +221,7 @@ def start_ray(args: Args) -> Any:
     try:
         import ray
     except ImportError:
-        raise UserError("benchmark.py needs ray: pip install -r requirements.txt") from None
+        raise UserError("the benchmark needs Ray: pip install -r requirements-dev.txt") from None
     import ray._private.worker as ray_worker
 
     ray_worker._worker_logs_enabled = False  # of dead workers, which are tried again; log_to_driver does not silence those
@@ -220,7 +233,7 @@ def start_ray(args: Args) -> Any:
             raise UserError(f"--address {args.address}: no Ray cluster answers there ({common.line(error)})") from None
     # Nodes find the scripts and the data where this machine has them
     seen = {name: os.environ[name] for name in SHARED_VARIABLES if name in os.environ}
-    settings: dict[str, Any] = {"runtime_env": {"env_vars": {**seen, "PYTHONPATH": str(Path(__file__).parent.absolute())}}}
+    settings: dict[str, Any] = {"runtime_env": {"env_vars": {**seen, "PYTHONPATH": str(ROOT)}}}
     if args.address is None:
         check_room(args, [{"CPU": os.cpu_count(), "GPU": torch.cuda.device_count()}])
         # 80 MiB suit small /dev/shm; results are dictionaries of a few words
@@ -246,8 +259,8 @@ def run_all(args: Args, jobs: Sequence[Job]) -> list[str]:
     if not left:
         return []
     # A maze's data is collected once, before several runs ask for it at a time
-    for task in dict.fromkeys(job.task for job in left if job.task in data.POINTMAZES):
-        data.load_task(task)
+    for task in dict.fromkeys(job.task for job in left if job.task in tasks.POINTMAZES):
+        tasks.load_task(common.Args(env_id=task))
     ray = start_ray(args)
     remote = ray.remote(max_calls=1, max_retries=5, num_cpus=args.cpus_per_run, num_gpus=args.gpus_per_run,
                         scheduling_strategy="SPREAD")(run_job)  # fmt: skip

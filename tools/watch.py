@@ -1,10 +1,8 @@
-"""See a run's policy: `python watch.py RUN_DIR` renders episodes to a GIF, and for a maze draws the paths of 20 to a PNG.
+"""See a run's policy: `python -m tools.watch RUN_DIR` renders episodes to a GIF, and for a maze draws the paths of 20 to a PNG.
 
 Rendering needs EGL, OSMesa or a window; paths need none of them.
 """
 
-import importlib
-import json
 import os
 import subprocess
 import sys
@@ -128,27 +126,22 @@ def render(env: gym.Env, act: Callable[[np.ndarray], np.ndarray], episodes: int,
 
 def main(args: Args) -> list[Path]:
     """Write what can be shown of the run; returns the files. Raises UserError for bad input, or if nothing can be rendered."""
-    common.check_range(args, episodes="[0, 1e3]", paths="[0, 1e4]")
-    config_file = Path(args.run_dir) / "config.json"
-    check(config_file.is_file(), f"{args.run_dir} is no run: give a folder with config.json and checkpoint.pt")
+    check(0 <= args.episodes <= 1000 and 0 <= args.paths <= 10_000, "--episodes must lie in [0, 1000], --paths in [0, 10000]")
+    config = common.read_config(args.run_dir)
     renderer = find_renderer() if args.episodes else None
     os.environ |= _environment(renderer or "disabled")  # before mujoco is imported
-    import data
-    from benchmark import METHODS
+    import tasks
+    from tools import import_method
 
-    try:
-        config = json.loads(config_file.read_text())
-        method, saved = config["exp_name"], config["args"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{config_file} is damaged ({common.line(error)}): give another run") from None
-    check(method in METHODS, f"{config_file}: there is no method {method}, but {', '.join(METHODS)}")
+    method = config["exp_name"]
+    module = import_method(method)
     torch.set_num_threads(1)  # one state at a time is too little work for more
-    module = importlib.import_module(method)
     act = module.load_policy(f"{args.run_dir}/checkpoint.pt", args.index)
-    task = data.task_of(module.Args(**common.settings_from(module.Args, saved, str(config_file))))
+    settings = module.Args(**common.saved_settings(module.Args, config["args"], args.run_dir))
+    task = tasks.load_task(settings)
     check(task.make_env is not None, f"{args.run_dir} was trained without an environment: there is nothing to see")
     env, written, out = task.make_env(), [], Path(args.out)
-    name = saved["env_id"]
+    name = settings.env_id
     if "maze" in name and args.paths:
         common.check_writable(out / "paths.png", "--out")
         paths, reached = walk(env, act, args.paths)

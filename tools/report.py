@@ -18,8 +18,9 @@ import numpy as np
 from matplotlib.figure import Figure
 
 import common
-import d4rl_tasks
-import data
+import tasks
+from tasks import d4rl
+from tools import ROOT
 
 DRAWS = 2000  # of the bootstrap
 PULLS, REPEATS, POLICIES = 200, 1000, 8  # of the evaluation budget: episodes, repetitions, policies to choose among
@@ -37,10 +38,10 @@ PRETRAINING = ("pretrain_epochs", "diffusion_epochs", "critic_epochs")  # of the
 STATUS_FILE = "status.json"  # beside the folder of a run of benchmark.py: how it ended
 SUITE_FILE = "suite.json"  # in the folder of a benchmark: its seeds and the flags for its scripts
 
-_d4rl = list(d4rl_tasks.TASKS)
+_d4rl = list(d4rl.TASKS)
 GROUPS: dict[str, list[str]] = {
-    "pointmaze": list(reversed(data.POINTMAZES)),  # the longest runs first, so that none is left over at the end
-    "gym": [name for name in _d4rl if data.domain(name) == "locomotion"],
+    "pointmaze": list(reversed(tasks.POINTMAZES)),  # the longest runs first, so that none is left over at the end
+    "gym": [name for name in _d4rl if tasks.domain(name) == "locomotion"],
     "antmaze": [name for name in _d4rl if name.startswith("antmaze") and name.endswith("v0")],
     "antmaze-v2": [name for name in _d4rl if name.startswith("antmaze") and name.endswith("v2")],
     "adroit": [name for name in _d4rl if name.startswith("pen")],
@@ -93,7 +94,7 @@ def optimality_gap(scores: np.ndarray) -> np.ndarray:
 def bootstrap(tasks: Sequence[np.ndarray], statistic: Callable[[np.ndarray], np.ndarray], seed: int = 0) -> tuple[float, float]:
     """95 % interval of a statistic of all runs, from `tasks`, one array of run scores each.
 
-    Stratified: each task's runs are drawn anew with replacement, tasks stay. With few runs it is somewhat too narrow.
+    Stratified: runs are resampled with replacement within each task. Intervals are too narrow with few runs.
     """
     rng = np.random.default_rng(seed)
     drawn = [runs[rng.integers(len(runs), size=(DRAWS, len(runs)))] for runs in tasks]
@@ -259,7 +260,7 @@ def read_failures(folder: Path) -> dict[tuple[str, str], set[str]]:
 def paper_scores() -> dict[tuple[str, str], tuple[float, float | None]]:
     """The paper's cells: (task, method) -> (score, standard error)."""
     cells = {}
-    for row in read_table(Path(__file__).parent / "results" / "paper_scores.csv"):
+    for row in read_table(ROOT / "results" / "paper_scores.csv"):
         error = float(row["stderr"]) if row["stderr"] else None
         cells.setdefault((row["task"], row["method"]), (float(row["score"]), error))
     return cells

@@ -1,7 +1,7 @@
 """How fast training and evaluation are, and how near an update comes to its matrix products alone.
 
-    python speed.py                      on the GPU, if there is one
-    OMP_NUM_THREADS=1 python speed.py    on one core of the CPU
+    python -m tools.speed                      on the GPU, if there is one
+    OMP_NUM_THREADS=1 python -m tools.speed    on one core of the CPU
 
 Training, by number of models and batch size. All variants are measured in turn, round by round, in this one process:
 
@@ -24,7 +24,6 @@ a run of the published length. As a picture too.
 import collections
 import copy
 import functools
-import importlib
 import platform
 import resource
 import statistics
@@ -44,13 +43,13 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import common
-import d4rl_tasks  # noqa: F401  registers the environments
-import data
 import dtql_continuous as dtql
+import evaluation
 import fql
-import srpo
 import stacked
-from benchmark import METHODS
+from stacked import Transitions
+from tasks import Task
+from tools import import_method, methods
 
 
 @dataclass
@@ -63,7 +62,7 @@ class Args:
     """numbers of models that train at once"""
     batch_sizes: tuple[int, ...] = (256, 2048)
     """transitions per update and model"""
-    methods: tuple[str, ...] = METHODS
+    methods: tuple[str, ...] = methods()
     """methods to compare"""
     rounds: int = 3
     """how often each variant is measured"""
@@ -85,14 +84,14 @@ TABLE_2 = {
 }
 
 
-def random_task() -> data.Task:
+def random_task() -> Task:
     """An AntMaze with random transitions: what the numbers are does not change the time."""
     draw = np.random.default_rng(0).uniform
     columns = (
         draw(-1, 1, shape).astype(np.float32) for shape in ((ROWS, OBS_DIM), (ROWS, ACTION_DIM), ROWS, ROWS, (ROWS, OBS_DIM))
     )
     bounds = -np.ones(ACTION_DIM, np.float32), np.ones(ACTION_DIM, np.float32)
-    return data.Task(*columns, lambda: gym.make(f"d4rl/{ENV_ID}"), lambda r: r, "return", False, "random", *bounds)
+    return Task(*columns, lambda: gym.make(f"d4rl/{ENV_ID}"), lambda r: r, "return", False, "random", *bounds)
 
 
 # ---- the paper line by line ------------------------------------------------------------------------------------------
@@ -123,7 +122,7 @@ class PlainDenoiser(nn.Module):
 class Plain:
     """One model without any of the script's devices: modules, five optimizers, one loss after the other."""
 
-    def __init__(self, task: data.Task, batch_size: int, device: torch.device):
+    def __init__(self, task: Task, batch_size: int, device: torch.device):
         self.batch_size, self.device = batch_size, device
         self.data = [torch.as_tensor(column, device=device) for column in task[:5]]
         self.qs = [mlp(OBS_DIM + ACTION_DIM, 1, norm=True).to(device) for _ in range(2)]
@@ -250,8 +249,9 @@ def peak_memory(device: torch.device) -> int:
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**10 if sys.platform == "linux" else 2**20))
 
 
-def measure_training(task: data.Task, models: int, batch_size: int, args: Args, device: torch.device) -> list[dict]:
+def measure_training(task: Task, models: int, batch_size: int, args: Args, device: torch.device) -> list[dict]:
     torch.compiler.reset()
+    data = Transitions(*task[:5], device)
     settings = dict(num_seeds=models, batch_size=batch_size, cuda=device.type == "cuda", **PAPER)
     variants = {"eager": (False, False), "compile": (True, False)}
     if device.type == "cuda":
@@ -265,9 +265,9 @@ def measure_training(task: data.Task, models: int, batch_size: int, args: Args, 
             torch.cuda.reset_peak_memory_stats()
             before = torch.cuda.memory_allocated() / 2**20
         started = time.perf_counter()
-        agent = dtql.DTQL(dtql.Args(**settings, compile=compiled, cudagraphs=graph), task, device)
+        agent = dtql.DTQL(dtql.Args(**settings, compile=compiled, cudagraphs=graph), OBS_DIM, ACTION_DIM, device, data)
         update = functools.partial(agent.update, training=True)
-        functions[name] = agent.models.prepare(update, graph)
+        functions[name] = stacked.fastest(update, agent, compiled, graph)
         functions[name]()
         startup[name] = round(time.perf_counter() - started, 1)
         memory[name] = round(peak_memory(device) - before) if device.type == "cuda" else peak_memory(device)
@@ -294,18 +294,18 @@ def measure_training(task: data.Task, models: int, batch_size: int, args: Args, 
 PAPER = dict(env_id=ENV_ID, nll=True, lr_decay=True, epochs=1000, steps_per_epoch=1000)
 
 
-def measure_evaluation(task: data.Task, args: Args, device: torch.device) -> list[dict]:
+def measure_evaluation(task: Task, args: Args, device: torch.device) -> list[dict]:
     """Steps per second of an AntMaze: all episodes in lock-step, against one environment at a time."""
     torch.compiler.reset()
     agents = {
-        name: dtql.DTQL(dtql.Args(cuda=device.type == "cuda", compile=compiled, **PAPER), task, device)
+        name: dtql.DTQL(dtql.Args(cuda=device.type == "cuda", compile=compiled, **PAPER), OBS_DIM, ACTION_DIM, device)
         for name, compiled in (("eager", False), ("compile", True))
     }
     plain, generator = Plain(task, 256, device), torch.Generator(device).manual_seed(0)
     states = np.zeros((1, 100, OBS_DIM), np.float32)
 
     def act(name: str, obs: np.ndarray) -> np.ndarray:
-        return agents[name].best_of(agents[name].models.params, obs, generator)
+        return agents[name].act(torch.as_tensor(obs, device=device), generator).cpu().numpy()
 
     def report(what: str, functions: dict[str, tuple[Callable[[], object], int]]) -> list[dict]:
         rates = in_turn({name: function for name, (function, _) in functions.items()}, args, device)
@@ -319,7 +319,7 @@ def measure_evaluation(task: data.Task, args: Args, device: torch.device) -> lis
         | {f"{name}, {number} states": (functools.partial(act, name, states[:, :number]), number) for name, number in variants},
     )
 
-    single, copies = task.make_env(), common.LockstepEnvs(task.make_env, range(10))
+    single, copies = task.make_env(), evaluation.LockstepEnvs(task.make_env, range(10))
     everyone = np.arange(10)
     single.reset(seed=0)
     copies.reset(everyone, everyone)
@@ -334,10 +334,10 @@ def measure_evaluation(task: data.Task, args: Args, device: torch.device) -> lis
     )
     copies.close()
     if device.type == "cuda":
-        settings = dtql.Args(eval_episodes=100, **PAPER)
-        envs = common.make_lockstep_envs(task, settings)
-        evaluation = common.evaluate(task, envs, lambda obs, _: act("compile", obs), settings, 0, device)
-        rows.append({"what": "100 AntMaze episodes", "seconds": round(evaluation.seconds, 1)})
+        envs, seeds = evaluation.make_envs(task.make_env, dtql.Args(eval_episodes=100, **PAPER)), np.arange(100)[None]
+        started = time.perf_counter()
+        evaluation.run_episodes(envs, functools.partial(act, "compile"), seeds)
+        rows.append({"what": "100 AntMaze episodes", "seconds": round(time.perf_counter() - started, 1)})
         envs.close()
     return rows
 
@@ -345,32 +345,41 @@ def measure_evaluation(task: data.Task, args: Args, device: torch.device) -> lis
 # ---- all methods: Table 2 and Figure 4 ---------------------------------------------------------------------------------
 
 PARTS = {
-    "critic_loss": "critic",
-    "value_loss": "critic",
-    "denoiser_loss": "diffusion or flow model",
-    "fake_loss": "diffusion or flow model",
-    "clone_loss": "diffusion or flow model",
-    "actor_loss": "policy",
+    "step_critic": "critic",
+    "step_value": "critic",
+    "step_denoiser": "diffusion or flow model",
+    "step_fake": "diffusion or flow model",
+    "step_flow": "diffusion or flow model",
+    "step_actor": "policy",
+    "step": "all networks",  # of methods with a single loss
 }
-TARGETS, REST = "targets", "minibatch and noise"
+TARGETS, REST = "target networks", "minibatch and noise"
 
 
-def make_agent(method: str, task: data.Task, args: Args, device: torch.device, **settings: int) -> object:
-    """A method's agent with its settings for the task, but for `settings`; one model, as it trains by default."""
-    module = importlib.import_module(method)
+def make_agent(method: str, data: Transitions | None, args: Args, device: torch.device, **settings: int) -> nn.Module:
+    """A method's agent with its settings for the task, except for `settings`; one model, as it trains by default."""
+    module = import_method(method)
     defaults = module.task_defaults(ENV_ID) | settings
     own = module.Args(env_id=ENV_ID, cuda=args.cuda, cudagraphs=args.cuda, compile=True, **defaults)
-    agent = getattr(module, {"dtql_continuous": "DTQL", "kl_distill": "KLDistill"}.get(method, method.upper()))(own, task, device)
-    if isinstance(agent, fql.FQL):  # so that each part of its one loss can be measured on its own
-        for loss, network in ((agent.critic_loss, "critic"), (agent.clone_loss, "flow"), (agent.actor_loss, "actor")):
-            agent.models.optimize(loss, network, lr=own.learning_rate)
+    (cls,) = (cls for cls in vars(module).values() if isinstance(cls, type) and hasattr(cls, "update") and issubclass(cls, nn.Module))
+    agent = cls(own, OBS_DIM, ACTION_DIM, device, data)
+    if method == "fql":
+        split_loss(agent)
     return agent
 
 
-def stages(agent: object) -> list[tuple[str, Callable[[], None], int]]:
-    """What a run does, one after the other: name, update, number of updates."""
+def split_loss(agent: fql.FQL) -> None:
+    """Give FQL a step for each part of its single loss, so that the parts can be measured; together they are its update."""
+    parts = {"critic": agent.critic, "flow": agent.flow, "actor": agent.actor}
+    for name, net in parts.items():
+        optimizer = torch.optim.Adam(net.parameters(), agent.args.learning_rate, fused=True)
+        setattr(agent, f"step_{name}", stacked.make_step(getattr(agent, f"{name}_loss"), optimizer, agent.args.compile))
+
+
+def stages(agent: nn.Module) -> list[tuple[str, Callable[[], object], int]]:
+    """The phases of a run: name, update, number of updates."""
     args = agent.args
-    if isinstance(agent, srpo.SRPO):
+    if hasattr(agent, "phases"):
         return [
             (update.__name__.removeprefix("update_"), update, epochs * args.steps_per_epoch) for update, epochs in agent.phases
         ]
@@ -382,27 +391,30 @@ def stages(agent: object) -> list[tuple[str, Callable[[], None], int]]:
     ]
 
 
-def parts_of(agent: object, update: Callable[[], None]) -> dict[str, Callable[[], None]]:
-    """The steps and averages that one update makes, by part, to be made again with the same minibatch and noise."""
-    calls, models = collections.defaultdict(list), agent.models
-    step, average = models.step, models.average
+def parts_of(agent: nn.Module, update: Callable[[], object]) -> dict[str, Callable[[], None]]:
+    """The steps and Polyak updates of one update, by part, to be repeated with the same minibatch and noise."""
+    calls, polyak_update = collections.defaultdict(list), stacked.polyak_update
+    steps = {name: step for name, step in vars(agent).items() if name in PARTS}
 
-    def record_step(loss: Callable, *inputs: object, **options: object) -> None:
+    def record(name: str, *inputs: object) -> dict[str, Tensor]:
         if isinstance(agent, fql.FQL):
             batch, noise, time = inputs
-            losses = (agent.critic_loss,), (agent.clone_loss, time), (agent.actor_loss,)
-            for i, (loss, *more) in enumerate(losses):
-                calls[PARTS[loss.__name__]].append(functools.partial(step, loss, batch, noise[:, i], *more))
+            for i, (part, more) in enumerate({"step_critic": (), "step_flow": (time,), "step_actor": ()}.items()):
+                calls[PARTS[part]].append(functools.partial(steps[part], batch, noise[:, i], *more))
         else:  # DQL's policy is its diffusion model
-            part = "policy" if type(agent).__name__ == "DQL" and loss == agent.denoiser_loss else PARTS[loss.__name__]
-            calls[part].append(functools.partial(step, loss, *inputs, **options))
+            part = "policy" if type(agent).__name__ == "DQL" and name == "step_denoiser" else PARTS[name]
+            calls[part].append(functools.partial(steps[name], *inputs))
+        return {}
 
-    models.step = record_step
-    models.average = lambda *inputs: calls[TARGETS].append(functools.partial(average, *inputs))
+    for name in steps:
+        setattr(agent, name, functools.partial(record, name))
+    stacked.polyak_update = lambda *inputs: calls[TARGETS].append(functools.partial(polyak_update, *inputs))
     try:
         update()
     finally:
-        del models.step, models.average
+        stacked.polyak_update = polyak_update
+        for name, step in steps.items():
+            setattr(agent, name, step)
     return {part: functools.partial(_call_all, functions) for part, functions in calls.items()}
 
 
@@ -411,16 +423,16 @@ def _call_all(functions: list[Callable[[], None]]) -> None:
         function()
 
 
-def measure_method(method: str, task: data.Task, batch_size: int | None, args: Args, device: torch.device) -> list[dict]:
+def measure_method(method: str, task: Task, batch_size: int | None, args: Args, device: torch.device) -> list[dict]:
     """A row for each stage: seconds per 1,000 updates and of their parts. At the method's own batch size if None."""
-    module = importlib.import_module(method)
+    module, data = import_method(method), Transitions(*task[:5], device)
     sizes = [name for name in ("batch_size", "diffusion_batch_size") if hasattr(module.Args, name)]
-    agent = make_agent(method, task, args, device, **(dict.fromkeys(sizes, batch_size) if batch_size else {}))
+    agent = make_agent(method, data, args, device, **(dict.fromkeys(sizes, batch_size) if batch_size else {}))
     rows = []
     for stage, update, number in stages(agent):
         if batch_size and stage == "pretraining":
             continue  # nothing in it that training has not
-        fast = agent.models.prepare(update, args.cuda)
+        fast = stacked.fastest(update, agent, True, args.cuda)
         parts = parts_of(agent, update)
         if args.cuda:
             parts = {part: stacked.capture(function) for part, function in parts.items()}
@@ -435,26 +447,27 @@ def measure_method(method: str, task: data.Task, batch_size: int | None, args: A
     return rows
 
 
-def measure_acting(task: data.Task, args: Args, device: torch.device) -> list[dict]:
+def measure_acting(task: Task, args: Args, device: torch.device) -> list[dict]:
     """A row for each method: milliseconds per action in one state and in a full batch of them, seconds per trajectory."""
     torch.compiler.reset()
-    empty = data.Task.without_data(obs_dim=OBS_DIM, action_low=task.action_low, action_high=task.action_high)
-    agents = {method: make_agent(method, empty, args, device) for method in args.methods}
-    generator, states = torch.Generator(device).manual_seed(0), np.zeros((1, common.MAX_COPIES, OBS_DIM), np.float32)
-    act = lambda method, size, obs: agents[method].best_of(agents[method].models.params, obs, generator, size)
-    one = in_turn({method: functools.partial(act, method, 1, states[:, :1]) for method in agents}, args, device)
-    many = in_turn({method: functools.partial(act, method, None, states) for method in agents}, args, device)
-    rows, envs = [], common.LockstepEnvs(task.make_env, [0])
+    agents = {method: make_agent(method, None, args, device) for method in args.methods}
+    generator = torch.Generator(device).manual_seed(0)
+    states = torch.zeros(1, evaluation.MAX_COPIES, OBS_DIM, device=device)
+    act = lambda method, obs: agents[method].act(obs, generator).cpu().numpy()
+    one = in_turn({method: functools.partial(act, method, states[:, :1]) for method in agents}, args, device)
+    many = in_turn({method: functools.partial(act, method, states) for method in agents}, args, device)
+    rows, envs = [], evaluation.LockstepEnvs(task.make_env, [0])
     for method in agents:
         started = time.perf_counter()
-        _, lengths = common.run_episodes(envs, functools.partial(act, method, 1), np.zeros(1, int))
+        on_device = lambda obs, method=method: act(method, torch.as_tensor(obs, device=device))
+        _, lengths = evaluation.run_episodes(envs, on_device, np.zeros((1, 1), int))
         seconds = time.perf_counter() - started
         row = {
             "what": "acting",
             "variant": method,
-            "candidates": agents[method].best_of.num_candidates,
+            "candidates": agents[method].act.num_candidates,
             "ms_per_action": 1000 / statistics.median(one[method]),
-            f"ms_per_action_of_{common.MAX_COPIES}": 1000 / common.MAX_COPIES / statistics.median(many[method]),
+            f"ms_per_action_of_{evaluation.MAX_COPIES}": 1000 / evaluation.MAX_COPIES / statistics.median(many[method]),
             "seconds_per_trajectory": seconds,
             "length": int(lengths.item()),
         }
@@ -509,9 +522,9 @@ def main(args: Args) -> list[dict]:
     """Measure, print and write the table and the picture; returns the table's rows."""
     for number in (*args.models, *args.batch_sizes, args.rounds):
         common.check(1 <= number <= 10**6, f"--models, --batch-sizes and --rounds must lie in [1, 10^6], not {number}")
-    common.check_range(args, seconds="(0, 1000]")
+    common.check(0 < args.seconds <= 1000, f"--seconds must lie in (0, 1000], not {args.seconds}")
     for method in args.methods:
-        common.check(method in METHODS, f"--methods: there is no {method}, but {', '.join(METHODS)}")
+        import_method(method)
     device = common.find_device(args)
     picture = Path(args.csv).with_suffix(".png")
     for file in (Path(args.csv), picture):
@@ -538,10 +551,10 @@ def main(args: Args) -> list[dict]:
                 report(measure_method(method, task, batch_size, args, device))
     report(whole_runs(rows))
     report(measure_acting(task, args, device))
-    if args.methods:
-        draw_methods(rows, args, name, picture)
     columns = list(dict.fromkeys(key for row in rows for key in row))
     common.write_atomically(Path(args.csv), common.to_csv(columns, rows))
+    if args.methods:
+        draw_methods(rows, args, name, picture)
     return rows
 
 

@@ -1,0 +1,212 @@
+"""Evaluate K models: environments that step in lock-step, in worker processes if there are cores for them."""
+
+import multiprocessing
+import os
+import signal
+import sys
+import traceback
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+from tqdm import tqdm
+
+MAX_COPIES = 64  # enough to keep a GPU and its cores busy; of the heaviest task (kitchen) they take 4 GiB
+
+
+class EnvironmentFailure(Exception):
+    """The environment raised an error, or gave something that its spaces do not allow. The message is one line."""
+
+
+def to_env_units(actions: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.ndarray:
+    """Actions (..., A) in [-1, 1] scaled to the bounds (A,), in the dtype of the bounds and never outside them."""
+    scaled = low + (actions.astype(np.float64) + 1) / 2 * (high.astype(np.float64) - low)
+    return scaled.astype(low.dtype).clip(low, high)
+
+
+class _Shard:
+    """Some environments, each running one episode at a time."""
+
+    def __init__(self, make_env: Callable[[], gym.Env], seeds: Sequence[int]):
+        self.envs = [make_env() for _ in seeds]
+        # What is drawn once per instance (AntMaze v0's goal) must not depend on when a run was resumed
+        if self.envs:
+            self.reset(range(len(seeds)), seeds)
+
+    def reset(self, indices: Sequence[int], seeds: Sequence[int]) -> tuple[np.ndarray]:
+        return (
+            np.stack([self._checked(index, self.envs[index].reset(seed=int(seed))[0]) for index, seed in zip(indices, seeds)]),
+        )
+
+    def step(self, indices: Sequence[int], actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        obs, rewards, terminated, truncated = zip(*(self.envs[index].step(a)[:4] for index, a in zip(indices, actions)))
+        obs = np.stack([self._checked(index, one) for index, one in zip(indices, obs)])
+        rewards = np.array(rewards, np.float64)
+        if rewards.shape != (len(obs),) or not np.isfinite(rewards).all():
+            raise EnvironmentFailure(f"the environment gave a reward that is not one finite number: {rewards[0]}")
+        return obs, rewards, np.logical_or(terminated, truncated)
+
+    def _checked(self, index: int, obs: Any) -> np.ndarray:
+        expected = self.envs[index].observation_space.shape
+        if np.shape(obs) != expected or not np.isfinite(obs).all():
+            what = f"of shape {np.shape(obs)}, not {expected}" if np.shape(obs) != expected else "that is NaN or infinite"
+            raise EnvironmentFailure(f"the environment gave an observation {what}: its score would mean nothing")
+        return np.asarray(obs, np.float32)
+
+    def close(self) -> None:
+        for env in self.envs:
+            env.close()
+
+
+def _call(shard: _Shard, method: str, *args: Any) -> Any:
+    """Call a method of a shard; any error of the environment, also an attempt to exit, becomes an EnvironmentFailure."""
+    try:
+        return getattr(shard, method)(*args)
+    except EnvironmentFailure:
+        raise
+    except (Exception, SystemExit) as error:
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        text = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        raise EnvironmentFailure(f"the environment failed in {method}: {text} ({frame.filename}:{frame.lineno})") from error
+
+
+def _serve(pipe: Any, inherited: list[Any], make_env: Callable[[], gym.Env], seeds: Sequence[int]) -> None:
+    """A worker process: a `_Shard` behind a pipe, until the pipe closes."""
+    for other in inherited:  # so that the pipes close with the main process, even if it is killed
+        other.close()
+    for number in (signal.SIGINT, signal.SIGTERM):  # terminals and schedulers signal every process; the main one decides
+        signal.signal(number, signal.SIG_IGN)
+    try:
+        shard = _Shard(make_env, seeds)
+        pipe.send(())
+        while True:
+            pipe.send(_call(shard, *pipe.recv()))
+    except (EOFError, BrokenPipeError, ConnectionResetError):
+        pass
+    except Exception as error:
+        pipe.send(error if isinstance(error, EnvironmentFailure) else EnvironmentFailure(f"{type(error).__name__}: {error}"))
+
+
+class LockstepEnvs:
+    """Copies of an environment that step together, in worker processes if there are cores for them.
+
+    Create it before the first CUDA call: workers are forked where the system can.
+    """
+
+    max_workers: int | None = None  # set if several runs share a machine
+
+    def __init__(self, make_env: Callable[[], gym.Env], seeds: Sequence[int], num_workers: int | None = None):
+        """`seeds`: one per copy. `num_workers`: below 2 all copies live in this process; None chooses by cores."""
+        if num_workers is None:  # with fewer than 4 copies each, messages cost more than workers save
+            cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+            num_workers = min(cores - 1 if self.max_workers is None else self.max_workers, len(seeds) // 4)
+        self.num_copies, self.pipes, self.processes = len(seeds), [], []
+        self.local = _Shard(make_env, seeds) if num_workers < 2 else None
+        if self.local:
+            return
+        self.starts = np.linspace(0, len(seeds), num_workers + 1).astype(int)
+        context = multiprocessing.get_context("fork" if hasattr(os, "fork") and sys.platform != "darwin" else "spawn")
+        for start, stop in zip(self.starts, self.starts[1:]):
+            ours, theirs = context.Pipe()
+            self.pipes.append(ours)
+            inherited = list(self.pipes) if context.get_start_method() == "fork" else []
+            arguments = (theirs, inherited, make_env, seeds[start:stop])
+            self.processes.append(context.Process(target=_serve, daemon=True, args=arguments))
+            with warnings.catch_warnings():  # forking beside threads is safe: workers use neither torch nor our locks
+                warnings.simplefilter("ignore", DeprecationWarning)
+                self.processes[-1].start()
+            theirs.close()
+        for pipe in self.pipes:
+            self._receive(pipe)
+
+    @staticmethod
+    def _receive(pipe: Any) -> Any:
+        try:
+            answer = pipe.recv()
+        except (EOFError, OSError):
+            raise EnvironmentFailure("an evaluation worker has died (killed, or out of memory?)") from None
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    def _call(self, method: str, indices: np.ndarray, argument: np.ndarray) -> tuple[np.ndarray, ...]:
+        if self.local:
+            return _call(self.local, method, indices, argument)
+        bounds, busy = np.searchsorted(indices, self.starts), []
+        for pipe, offset, start, stop in zip(self.pipes, self.starts, bounds, bounds[1:]):
+            if stop > start:
+                try:
+                    pipe.send((method, indices[start:stop] - offset, argument[start:stop]))
+                except OSError:
+                    pass  # a dead worker shows when its answer is read
+                busy.append(pipe)
+        return tuple(map(np.concatenate, zip(*[self._receive(pipe) for pipe in busy])))
+
+    def reset(self, indices: np.ndarray, seeds: np.ndarray) -> np.ndarray:
+        """Start an episode in the copies `indices` (m,), sorted, with `seeds` (m,): observations (m, S)."""
+        return self._call("reset", indices, seeds)[0]
+
+    def step(self, indices: np.ndarray, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Step the copies `indices` (m,), sorted, with `actions` (m, A): obs (m, S), rewards (m,), done (m,)."""
+        return self._call("step", indices, actions)
+
+    def close(self) -> None:
+        """Close the environments and end the worker processes."""
+        if self.local:
+            self.local.close()
+        for pipe in self.pipes:
+            pipe.close()
+        for process in self.processes:
+            process.join(timeout=5)
+            if process.is_alive():
+                process.kill()
+
+
+def make_envs(make_env: Callable[[], gym.Env] | None, args: Any) -> LockstepEnvs:
+    """The copies in which the run with `args` is evaluated; none without an environment."""
+    copies = min(args.num_models * args.eval_episodes, MAX_COPIES) if make_env else 0
+    return LockstepEnvs(make_env, np.random.SeedSequence(args.seed).generate_state(copies))
+
+
+def episode_seeds(seeds: Sequence[int], epoch: int, num_episodes: int) -> np.ndarray:
+    """(K, E) seeds of an evaluation's episodes; model i's are those of a single run of its seed."""
+    return np.array([np.random.SeedSequence([seed, epoch]).generate_state(num_episodes) for seed in seeds])
+
+
+def run_episodes(envs: LockstepEnvs, act: Callable[[np.ndarray], np.ndarray], seeds: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Run one episode for every model and seed, in lock-step; every episode that starts counts once.
+
+    Args:
+        envs: the copies; copy c runs the episodes c, c + copies, c + 2 copies, ... one after another.
+        act: observations (K, m, S) to actions (K, m, A) in the environment's units.
+        seeds: (K, E) seeds of the episodes.
+
+    Returns:
+        returns (K, E), undiscounted, and lengths (K, E) in steps. Raises EnvironmentFailure.
+    """
+    num_models = len(seeds)
+    queue = seeds.T.ravel()  # the models take turns, so that each has about as many episodes running
+    episode = np.arange(min(envs.num_copies, len(queue)))  # the one that each copy runs
+    running = episode.copy()
+    obs = envs.reset(running, queue[episode])
+    returns, lengths = np.zeros(len(queue)), np.zeros(len(queue), int)
+    with tqdm(total=len(queue), unit="episode", desc="evaluating", leave=False, mininterval=1) as progress:
+        while len(running):
+            # Pack the observations into a rectangle (K, m, S); a model with fewer running episodes has unused rows
+            model = episode[running] % num_models
+            column = np.tril(model[:, None] == model, -1).sum(1)
+            batch = np.zeros((num_models, column.max() + 1, obs.shape[1]), np.float32)
+            batch[model, column] = obs[running]
+            obs[running], rewards, done = envs.step(running, act(batch)[model, column])
+            returns[episode[running]] += rewards
+            lengths[episode[running]] += 1
+            finished = running[done]
+            episode[finished] += envs.num_copies
+            again = finished[episode[finished] < len(queue)]
+            if len(again):
+                obs[again] = envs.reset(again, queue[episode[again]])
+            running = running[episode[running] < len(queue)]
+            progress.update(int(done.sum()))
+    return returns.reshape(-1, num_models).T, lengths.reshape(-1, num_models).T

@@ -1,0 +1,74 @@
+"""Tasks, each with its data, its environment and its score: D4RL's files, Minari's data sets, OGBench's single tasks, a file of
+your own, and mazes that collect their own data."""
+
+import difflib
+import re
+from pathlib import Path
+
+import gymnasium as gym
+
+from common import Args, UserError, check
+from tasks import d4rl, mazes, minari, ogbench, own
+from tasks.mazes import POINTMAZES
+from tasks.task import Task, check_and_scale, return_range, temporary_files_removed
+
+__all__ = ["POINTMAZES", "Task", "check_id", "d4rl_id", "domain", "is_long", "is_ogbench", "load_task", "return_range"]
+
+gym.logger.min_level = gym.logger.ERROR  # its warnings concern environments that no task here uses
+
+
+def load_task(args: Args) -> Task:
+    """The task of `--data` or `--env-id`, with actions scaled to [-1, 1].
+
+    Raises UserError for an unknown id, and for data that is missing, damaged or does not fit the environment.
+    """
+    env_id = args.env_id
+    if args.data is not None:
+        task = own.load(Path(args.data), env_id, args.action_low, args.action_high)
+    else:
+        check_id(env_id)
+        bounds = args.action_low is not None or args.action_high is not None
+        check(not bounds, f"--action-low and --action-high belong to --data: {env_id} has its own bounds")
+        kind = d4rl if env_id in d4rl.TASKS else ogbench if is_ogbench(env_id) else mazes if env_id in POINTMAZES else minari
+        task = kind.load(env_id)
+    with temporary_files_removed():
+        return check_and_scale(task)
+
+
+def check_id(env_id: str) -> None:
+    """Raise UserError for an id that is none of D4RL's, Minari's, OGBench's single tasks' or the mazes'."""
+    if env_id in d4rl.TASKS or is_ogbench(env_id):
+        return
+    if "/" in env_id:
+        valid = re.fullmatch(r"(\w[\w.-]*/)+\w[\w.-]*-v\d+", env_id) and ".." not in env_id
+        return check(bool(valid), f"unknown task {env_id}: a Minari id looks like D4RL/pen/human-v2, with its version")
+    others = "visual-|powderworld-|.*(singletask|oraclerep|-navigate-|-stitch-|-explore-|-noisy-|-play-v0)"
+    ids = "state-based single tasks, such as antmaze-large-navigate-singletask-v0 or cube-single-play-singletask-task2-v0"
+    check(re.match(others, env_id) is None, f"unknown task {env_id}: OGBench's tasks here are {ids}")
+    near = difflib.get_close_matches(env_id, d4rl.TASKS, 3)
+    hint = f"did you mean {' or '.join(near)}?" if near else f"D4RL ids look like {next(iter(d4rl.TASKS))}."
+    raise UserError(f"unknown task {env_id}: {hint} Minari ids contain a slash")
+
+
+def d4rl_id(env_id: str) -> str | None:
+    """The D4RL task of an id: itself, for a Minari id the D4RL task that is nearest to it, or None."""
+    near = (name for name, task in d4rl.TASKS.items() if "/" in env_id and task.minari == env_id)
+    return env_id if env_id in d4rl.TASKS else next(near, None)
+
+
+def is_ogbench(env_id: str) -> bool:
+    """Whether this is the id of one of OGBench's state-based single tasks."""
+    return ogbench.ID.fullmatch(env_id) is not None
+
+
+def is_long(env_id: str) -> bool:
+    """Whether this is one of OGBench's long tasks, for which the field discounts by 0.995."""
+    return re.search("giant|humanoidmaze|antsoccer", env_id) is not None
+
+
+def domain(env_id: str) -> str:
+    """The family of the D4RL task that `env_id` is or is nearest to: locomotion, antmaze, pen, kitchen; ogbench; "" for none."""
+    if is_ogbench(env_id):
+        return "ogbench"
+    name = (d4rl_id(env_id) or "").split("-")[0]
+    return "locomotion" if name in ("halfcheetah", "hopper", "walker2d") else name

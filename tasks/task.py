@@ -1,0 +1,193 @@
+"""A task: offline data, evaluation environment and score. Reading and checking what all kinds of tasks share."""
+
+import contextlib
+import functools
+import sys
+import tempfile
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import gymnasium as gym
+import h5py
+import numpy as np
+
+import evaluation
+from common import UserError, check, line
+
+KEYS = {"observations": 2, "actions": 2, "rewards": 1, "terminals": 1}  # columns of a file of transitions, with their dimensions
+# Columns that say where the task ended (no bootstrapping) or the episode was cut: D4RL's names, and Gymnasium's
+ALIASES = {"terminals": ("terminations", "terminated", "terminateds"), "timeouts": ("truncations", "truncated", "truncateds")}
+
+
+class Task(NamedTuple):
+    """A task's offline data, its evaluation environment and its score.
+
+    obs, next_obs (N, S); actions (N, A), scaled to [-1, 1]; rewards, terminals (N,): float32 arrays of N transitions.
+    """
+
+    obs: np.ndarray
+    actions: np.ndarray
+    rewards: np.ndarray
+    terminals: np.ndarray  # 1 where the task ended (no bootstrapping), else 0
+    next_obs: np.ndarray
+    make_env: Callable[[], gym.Env] | None  # flat observations, action space (A,); None without an environment
+    score: Callable[[np.ndarray], np.ndarray]  # returns (n,) -> scores (n,)
+    score_name: str
+    sparse_goal: bool  # the reward is 1 at the goal, where the episode ends, and 0 elsewhere
+    origin: str  # where the data came from
+    action_low: np.ndarray | None = None  # (A,) bounds, of the environment if there is one
+    action_high: np.ndarray | None = None
+
+    def fingerprint(self) -> int:
+        """Checksum of the transitions, to see on `--resume` that they are the same."""
+        return functools.reduce(lambda crc, array: zlib.crc32(np.ascontiguousarray(array), crc), self[:5], 0)
+
+
+def read_columns(file: Path, columns: dict[str, int], own: bool = False) -> dict[str, np.ndarray]:
+    """The columns of an HDF5 or npz file, by name; {name: dimensions}. Those of `KEYS` must be there.
+
+    `own`: a user's file, which may have Gymnasium's names, and whose other columns are asked about or named.
+    Raises UserError if the file cannot be read or if the columns do not fit together.
+    """
+    place = f"--data {file}" if own else str(file)
+    try:
+        with np.load(file) if zipfile.is_zipfile(file) else h5py.File(file) as source:
+            names, arrays = set(source), {}
+            for name in columns:
+                found = [alias for alias in (name, *(ALIASES.get(name, ()) if own else ())) if alias in names]
+                check(len(found) < 2, f"{place} has {' and '.join(found)}: which of them is meant?")
+                if found:
+                    arrays[name] = _read_column(source, found[0], place)
+                    names.remove(found[0])
+            number = len(arrays.get("observations", ()))
+            for name in sorted(names) if own else ():
+                column = (
+                    _read_column(source, name, place) if getattr(source[name], "shape", ()) in ((number,), (number, 1)) else 2
+                )
+                question = (
+                    f"{place}: does {name}, a column of 0 and 1, mark ends of episodes? Call it terminals where the task ended, "
+                )
+                flags = bool(np.isin(column, (0, 1)).all() and np.any(column))
+                check(not flags, question + "timeouts where the recording was cut, or remove it")
+    except UserError:
+        raise
+    except Exception as error:  # h5py, numpy and zipfile raise many kinds on wrong bytes
+        broken = not isinstance(error, MemoryError) and getattr(error, "errno", None) is None
+        advice = "it is damaged: replace it" + ("" if own else ", or delete it to download it again")
+        raise UserError(f"cannot read {place} ({line(error)[:200]})" + (f"; {advice}" if broken else "")) from None
+    if own and names:
+        print(f"{place}: columns that are not used: {', '.join(sorted(names))}", file=sys.stderr)
+    missing = [name for name in KEYS if name not in arrays]
+    check(not missing, f"{place} lacks {', '.join(missing)}: save the columns {', '.join(KEYS)}")
+    for name, array in arrays.items():
+        check(array.dtype.kind in "buif", f"{place}: {name} are not numbers ({array.dtype}): save them as float32")
+        if columns[name] == 1 and array.ndim == 2 and array.shape[1] == 1:
+            array = arrays[name] = array[:, 0]
+        question = "is a row one number, or one of a series? Save it as (N, 1)" if array.ndim == 1 else "flatten each row"
+        fits = array.ndim == columns[name]
+        check(fits, f"{place}: {name} have shape {array.shape}, not {columns[name]} dimension(s): {question}")
+        check(len(array) == number, f"{place}: {number} observations and {len(array)} {name}: which belong together?")
+        if name in ALIASES:
+            check(bool(np.isin(array, (0, 1)).all()), f"{place}: {name} hold values other than 0 and 1")
+    return arrays
+
+
+def _read_column(source: Any, name: str, place: str) -> np.ndarray:
+    if isinstance(source, h5py.File):  # what lies in another file is not the data that was given
+        column = source[name] if isinstance(source.get(name, getlink=True), h5py.HardLink) else None
+        inside = isinstance(column, h5py.Dataset) and not column.external and not column.is_virtual
+        check(inside, f"{place}: {name} is a group or is stored in another file: copy its numbers into a column of this file")
+    return np.asarray(source[name][()])
+
+
+def check_and_scale(task: Task) -> Task:
+    """Refuse data that cannot be trained on; scale actions from the environment's bounds to [-1, 1]."""
+    check(len(task.obs) > 0, f"{task.origin} holds no transitions: use a complete data set")
+    for name in ("obs", "actions", "rewards", "terminals", "next_obs"):
+        finite = bool(np.isfinite(getattr(task, name)).all())
+        check(finite, f"{task.origin} holds NaN or infinite {name}: repair the data or download it again")
+    if task.sparse_goal:
+        question = "-1 and 0 would be shifted twice: add 1" if task.rewards.min() < 0 else "are they scaled?"
+        check(bool(np.isin(task.rewards, (0, 1)).all()), f"{task.origin}: rewards must be 0 and 1 (at the goal) here; {question}")
+    low, high = task.action_low, task.action_high
+    if task.make_env is not None:
+        obs_dim, (low, high) = _try_env(task.make_env)
+        fits = task.obs.shape[1] == obs_dim and task.actions.shape[1] == len(low)
+        sizes = f"{task.obs.shape[1]} and actions of size {task.actions.shape[1]}, its environment {obs_dim} and {len(low)}"
+        check(fits, f"{task.origin} has observations of size {sizes}: this is data of another task")
+    wide, actions = high.astype(np.float64) - low, task.actions.astype(np.float64)
+    check(
+        bool(np.isfinite(wide).all() and (wide > 0).all()),
+        f"action bounds {low} and {high} must be finite, the upper ones larger",
+    )
+    scaled = 2 * (actions - low) / wide - 1
+    inside = bool((np.abs(scaled) <= 1 + 1e-4).all())
+    whose = "the given" if task.make_env is None else "the environment's"
+    check(inside, f"{task.origin} has actions outside {whose} bounds: repair the data or download it again")
+    scaled = scaled.clip(-1, 1).astype(np.float32)
+    spread = np.ptp(actions, axis=0)
+    lost = np.abs(evaluation.to_env_units(scaled, low.astype(np.float64), high.astype(np.float64)) - actions)
+    allowed = 1e-3 * np.where(spread > 0, spread, np.abs(actions)) + 1e-6 * np.minimum(wide, 1)
+    check(
+        bool((lost <= allowed).all()),
+        f"{task.origin}: actions vary by {spread.min():.3g} within bounds that are {wide.max():.3g} apart, which float32 cannot "
+        "resolve: give narrower bounds (an environment with a narrower action space)",
+    )
+    return task._replace(actions=scaled, action_low=low, action_high=high)
+
+
+def _try_env(make_env: Callable[[], gym.Env]) -> tuple[int, tuple[np.ndarray, np.ndarray]]:
+    """Size of observations and bounds of actions, after one reset and one step, so that errors show before any training."""
+    try:
+        envs = evaluation.LockstepEnvs(make_env, [0], num_workers=1)
+        env, first = envs.local.envs[0], np.zeros(1, int)
+        space = env.action_space
+        envs.step(first, evaluation.to_env_units(np.zeros((1, *space.shape)), space.low, space.high))
+        envs.close()
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"the environment does not work: {line(error)[:400]}") from None
+    return env.observation_space.shape[0], (space.low, space.high)
+
+
+def check_env(env: gym.Env, name: str) -> gym.Env:
+    """Flatten observations that are no vector; insist on a bounded vector of actions."""
+    space = env.action_space
+    fits = isinstance(space, gym.spaces.Box) and space.is_bounded() and len(space.shape) == 1
+    check(fits, f"{name}: actions must be a bounded vector (Box), not {space}; use a continuous task")
+    if not isinstance(env.observation_space, gym.spaces.Box) or len(env.observation_space.shape) != 1:
+        env = gym.wrappers.FlattenObservation(env)
+    return env
+
+
+@contextlib.contextmanager
+def temporary_files_removed() -> Iterator[None]:
+    """gymnasium-robotics' mazes write their model to the temporary folder and leave it there."""
+    before = tempfile.tempdir
+    with tempfile.TemporaryDirectory() as tempfile.tempdir:
+        try:
+            yield
+        finally:
+            tempfile.tempdir = before
+
+
+def return_range(task: Task) -> float:
+    """Largest minus smallest undiscounted return of an episode in the data, as IQL counts episodes.
+
+    An episode ends at a terminal, where the next row does not begin at this row's next_obs (by more than 1e-6), and at the
+    last row. Raises UserError if all returns are equal.
+    """
+    jumps = np.linalg.norm(task.obs[1:].astype(np.float64) - task.next_obs[:-1], axis=1) > 1e-6
+    ends = np.append((task.terminals[:-1] == 1) | jumps, True)
+    starts = np.concatenate(([0], np.flatnonzero(ends[:-1]) + 1))
+    returns = np.add.reduceat(task.rewards.astype(np.float64), starts)
+    check(
+        bool(np.ptp(returns) > 0),
+        f"{task.origin}: all {len(returns)} episodes have the same return, but rewards are divided by the range of returns: "
+        "use a data set with better and worse episodes",
+    )
+    return float(np.ptp(returns))
