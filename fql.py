@@ -211,8 +211,9 @@ class FQL(nn.Module):
             goal = self.integrate(batch.obs, noise).clamp(-1, 1)
         actions = self.actor(batch.obs, noise)
         distillation = (actions - goal).square().mean((-1, -2))
-        frozen = stacked.with_parameters(self.critic, {name: param.detach() for name, param in self.critic.named_parameters()})
-        q = frozen(batch.obs, actions.clamp(-1, 1)).mean(1)
+        # The three losses share one backward pass, so Q's parameters are detached here
+        fixed = {name: param.detach() for name, param in self.critic.named_parameters()}
+        q = torch.func.functional_call(self.critic, fixed, (batch.obs, actions.clamp(-1, 1))).mean(1)
         scale = q.detach().abs().mean(-1) + 1e-6 if self.args.normalize_q else 1.0
         loss = self.alpha * distillation - q.mean(-1) / scale
         return loss, {"distillation": distillation, "actor_q": q.mean(-1)}

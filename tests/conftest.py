@@ -13,8 +13,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))  # the scripts
 
 from helpers import write_d4rl  # noqa: E402
 
-import d4rl_tasks  # noqa: E402
-import stacked  # noqa: E402
+from tasks import d4rl  # noqa: E402
 
 
 @pytest.fixture
@@ -22,11 +21,12 @@ def hopper(tmp_path, monkeypatch) -> Path:
     """A folder with hopper-medium-v2's file, known to D4RL_DATASET_DIR."""
     monkeypatch.setenv("D4RL_DATASET_DIR", str(tmp_path / "data"))
     monkeypatch.setenv("D4RL_BASE_URL", "http://127.0.0.1:9/")  # nothing listens there
-    return write_d4rl(tmp_path / "data" / d4rl_tasks.TASKS["hopper-medium-v2"].file)
+    return write_d4rl(tmp_path / "data" / d4rl.TASKS["hopper-medium-v2"].file)
 
 
 @pytest.fixture
 def uncompiled(monkeypatch):
-    """`torch.compile` that does nothing, and forgets afterwards what failed."""
-    monkeypatch.setattr(stacked, "_compiler_failed", False)
+    """`torch.compile` that does nothing."""
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    yield
+    torch.compiler.set_stance("default")

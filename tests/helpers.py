@@ -1,9 +1,7 @@
 """What several tests need: small data, agents, the scripts as a user runs them."""
 
-import copy
 import csv
 import functools
-import math
 import os
 import subprocess
 import sys
@@ -19,36 +17,57 @@ import pytest
 import torch
 from torch import Tensor
 
-import bc
 import common
-import data
-import dql
 import dtql_continuous as dtql
-import fql
-import idql
-import iql
-import kl_distill
-import srpo
+import stacked
+from tasks import Task
+from tools import import_method, methods
 
 ROOT = Path(__file__).parent.parent
 TINY = dict(epochs=2, steps_per_epoch=20, eval_episodes=2, batch_size=32, cuda=False, compile=False, cudagraphs=False)
-AGENT = {
-    dtql: dtql.DTQL,
-    kl_distill: kl_distill.KLDistill,
-    bc: bc.BC,
-    iql: iql.IQL,
-    idql: idql.IDQL,
-    dql: dql.DQL,
-    fql: fql.FQL,
-    srpo: srpo.SRPO,
+METHODS = [import_method(name) for name in methods()]
+# Shorter and smaller where a method's own flags allow it
+OWN = {
+    "pretrain_epochs": 1,
+    "num_candidates": 8,
+    "diffusion_epochs": 1,
+    "critic_epochs": 1,
+    "diffusion_batch_size": 32,
 }
-OWN = {module: {} for module in AGENT} | {
-    dtql: dict(pretrain_epochs=1, num_candidates=8),
-    kl_distill: dict(pretrain_epochs=1, num_candidates=8),
-    idql: dict(num_candidates=8),
-    dql: dict(num_candidates=8),
-    srpo: dict(diffusion_epochs=1, critic_epochs=1, diffusion_batch_size=32),
-}
+VARIANTS = [  # each method, and what its flags change in losses and updates
+    *((module, {}) for module in METHODS),
+    *(
+        (import_method(name), changes)
+        for name, changes in (
+            ("dtql_continuous", {"policy": "implicit", "nll": False}),
+            ("dtql_continuous", {"lr_decay": True}),
+            ("kl_distill", {"q": False}),
+            ("bc", {"policy": "gaussian"}),
+            ("bc", {"policy": "diffusion"}),
+            ("iql", {"dropout": 0.1}),
+            ("dql", {"max_q_backup": True}),
+            ("fql", {"normalize_q": True, "q_target": "min"}),
+        )
+    ),
+]
+
+
+def own(module) -> dict[str, int]:
+    """The settings in `OWN` that a method has."""
+    return {name: value for name, value in OWN.items() if hasattr(module.Args, name)}
+
+
+def agent_class(module) -> type:
+    """The agent of a method: its nn.Module with an `act` and losses."""
+    (cls,) = (
+        cls
+        for cls in vars(module).values()
+        if isinstance(cls, type)
+        and issubclass(cls, torch.nn.Module)
+        and cls.__module__ == module.__name__
+        and hasattr(cls, "sample")
+    )
+    return cls
 
 
 def write_d4rl(file: Path, rows: int = 600, obs_dim: int = 11, action_dim: int = 3, **changes) -> Path:
@@ -73,17 +92,22 @@ def write_d4rl(file: Path, rows: int = 600, obs_dim: int = 11, action_dim: int =
 
 def make_args(tmp_path: Path, module=dtql, **changes):
     """Arguments of a small run of `module` on hopper-medium-v2."""
-    settings = {**module.task_defaults("hopper-medium-v2"), **TINY, **OWN[module], "run_dir": str(tmp_path / "runs"), **changes}
+    settings = {**module.task_defaults("hopper-medium-v2"), **TINY, **own(module), "run_dir": str(tmp_path / "runs"), **changes}
     return module.Args(**{"env_id": "hopper-medium-v2", **settings})
 
 
 def command(*arguments: object, script: str = "dtql_continuous.py") -> list[str]:
-    return [sys.executable, str(ROOT / script), *map(str, arguments)]
+    program = [str(ROOT / script)] if script.endswith(".py") else ["-m", script]  # tools are modules
+    return [sys.executable, *program, *map(str, arguments)]
 
 
 def run_script(*arguments: object, script: str = "dtql_continuous.py", **environment: str) -> subprocess.CompletedProcess:
     return subprocess.run(
-        command(*arguments, script=script), env={**os.environ, **environment}, capture_output=True, text=True, timeout=300
+        command(*arguments, script=script),
+        env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
 
 
@@ -92,7 +116,7 @@ def run_here(module, *flags: object) -> Path:
     return Path(module.main(common.parse_args(module.Args, module.task_defaults, [*map(str, flags)]))["run_dir"])
 
 
-def make_task(*arrays: np.ndarray, low: float = -1.0, high: float = 1.0) -> data.Task:
+def make_task(*arrays: np.ndarray, low: float = -1.0, high: float = 1.0) -> Task:
     """A task of the given obs, actions, rewards, terminals, next_obs, with an environment that nobody steps."""
     arrays = [np.asarray(array, np.float32) for array in arrays]
     obs_dim, action_dim = arrays[0].shape[1], arrays[1].shape[1]
@@ -101,27 +125,26 @@ def make_task(*arrays: np.ndarray, low: float = -1.0, high: float = 1.0) -> data
         observation_space = gym.spaces.Box(-np.inf, np.inf, (obs_dim,))
         action_space = gym.spaces.Box(low, high, (action_dim,))
 
-    return data.Task(*arrays, Env, lambda x: x, "return", False, "test", Env.action_space.low, Env.action_space.high)
+    return Task(*arrays, Env, lambda x: x, "return", False, "test", Env.action_space.low, Env.action_space.high)
 
 
 def make_agent(num_seeds: int = 1, obs_dim: int = 3, action_dim: int = 2, rows: int = 512, module=dtql, device="cpu", **changes):
-    """An agent of `module` on random transitions; the environment's actions lie in [-2, 4]."""
+    """An agent of `module` on random transitions."""
     rng = np.random.default_rng(0)
-    task = make_task(
+    arrays = [
         rng.standard_normal((rows, obs_dim)),
         rng.uniform(-1, 1, (rows, action_dim)),
         rng.standard_normal(rows),
         rng.random(rows) < 0.1,
         rng.standard_normal((rows, obs_dim)),
-        low=-2.0,
-        high=4.0,
-    )
-    settings = {**TINY, **OWN[module], "num_seeds": num_seeds, "cuda": device == "cuda", **changes}
-    return AGENT[module](module.Args(**settings), task, torch.device(device))
+    ]
+    settings = {**TINY, **own(module), "num_seeds": num_seeds, "cuda": device == "cuda", **changes}
+    data = stacked.Transitions(*(array.astype(np.float32) for array in arrays), torch.device(device))
+    return agent_class(module)(module.Args(**settings), obs_dim, action_dim, torch.device(device), data)
 
 
 def updates(agent) -> list:
-    """The agent's update in each of its phases, in their order."""
+    """The agent's update in each of its phases, in order."""
     if hasattr(agent, "phases"):
         return [update for update, _ in agent.phases]
     if hasattr(agent, "start_training"):
@@ -129,54 +152,26 @@ def updates(agent) -> list:
     return [agent.update]
 
 
-def train(agent) -> None:
-    """One update of every phase."""
+def train(agent) -> dict[str, Tensor]:
+    """One update of every phase. Returns the metrics of all."""
+    metrics = {}
     for update in updates(agent):
-        update()
+        metrics |= update()
+    return metrics
 
 
-def first(params: dict[str, Tensor], index: int = 0) -> dict[str, Tensor]:
-    return {name: param[index] for name, param in params.items()}
+def plain(net: torch.nn.Module, *index: int) -> torch.nn.Module:
+    """One network of stacked ones as a plain module: `plain(agent.critic, 0, 1)` is the second Q of model 0."""
+    return stacked.with_parameters(net, {name: param.detach().clone()[index] for name, param in net.named_parameters()})
 
 
-def prepared(agent, training: bool):
-    return agent.models.prepare(functools.partial(agent.update, training), agent.args.cudagraphs)
+def snapshot(agent) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in stacked.state_of(agent).items()}
 
 
-def run_updates(agent, each: int) -> dict[str, dict[str, Tensor]]:
-    """Pretraining and training as `main` does them, with the same random numbers for every agent. Returns where it began."""
-    before = copy.deepcopy(agent.models.params)
-    torch.manual_seed(7)
-    for training in (False, True):
-        update = prepared(agent, training)
-        if training:
-            agent.start_training()
-        for _ in range(each):
-            update()
-    return before
-
-
-def assert_updates_agree(agent, reference, before) -> None:
-    """Losses are equal up to rounding. Parameters nearly so: rounding may move a ReLU or a minimum to its other side."""
-    torch.testing.assert_close(agent.models.sums, reference.models.sums, rtol=2e-3, atol=2e-3)
-    for network, params in reference.models.params.items():
-        for name, param in params.items():
-            error, moved = agent.models.params[network][name] - param, param - before[network][name]
-            assert error.norm() <= 0.1 * moved.norm(), f"{network}.{name}"
-
-
-def assert_learning_rates_follow_the_cosine(**settings) -> None:
-    agent = make_agent(lr_decay=True, epochs=2, steps_per_epoch=5, learning_rate=1e-4, **settings)
-    rates = lambda: [
-        agent.models.learning_rate(loss).item() for loss in (agent.critic_loss, agent.denoiser_loss, agent.actor_loss)
-    ]
-    prepared(agent, training=False)()
-    assert rates() == pytest.approx([3e-4, 1e-4, 1e-4])
-    update = prepared(agent, training=True)
-    for step in range(10):
-        update()
-        factor = (1 + math.cos(math.pi * step / 10)) / 2
-        assert rates() == pytest.approx([3e-4 * factor, 1e-4 * factor, 1e-4 * factor], rel=1e-5)
+def changed_networks(agent, before: dict[str, Tensor]) -> set[str]:
+    """The networks whose parameters differ from a snapshot."""
+    return {name.split(".")[0] for name, param in agent.named_parameters() if not torch.equal(param, before[name])}
 
 
 # ---- runs and their folders --------------------------------------------------------------------------------------------
@@ -194,8 +189,7 @@ def rows_of(run_dir: str | Path, table: str = "eval.csv") -> list[dict[str, str]
 
 
 def params_of(run_dir: str | Path) -> dict[str, Tensor]:
-    networks = common.open_checkpoint(Path(run_dir) / "checkpoint.pt")["learner"]["params"]
-    return {f"{network}.{name}": param for network, params in networks.items() for name, param in params.items()}
+    return common.open_checkpoint(Path(run_dir) / "checkpoint.pt")["agent"]
 
 
 def assert_same_end(one: str | Path, other: str | Path) -> None:
@@ -212,11 +206,11 @@ def whole_and_resumed(tmp_path: Path, monkeypatch, resume, **settings) -> tuple[
     whole = dtql.main(make_args(tmp_path, **settings))["run_dir"]
     count, advance = [], common.Run.advance
 
-    def stop_in_training(run: common.Run) -> None:
+    def stop_in_training(run: common.Run, metrics: dict[str, Tensor]) -> None:
         count.append(run)
         if len(count) == 33:
             common.request_stop(15)
-        advance(run)
+        advance(run, metrics)
 
     with monkeypatch.context() as patch:
         patch.setattr(common.Run, "advance", stop_in_training)
@@ -230,7 +224,7 @@ def start(*arguments: object, script: str = "dtql_continuous.py", **environment:
     """A script in a process group of its own, as a shell or a scheduler starts it."""
     return subprocess.Popen(
         command(*arguments, script=script),
-        env={**os.environ, **environment},
+        env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
