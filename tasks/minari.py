@@ -43,7 +43,7 @@ def load(env_id: str) -> Task:
     check(
         isinstance(space, gym.spaces.Box), f"{env_id}: actions must be a bounded vector (Box), not {space}; use a continuous task"
     )
-    spec = dataset.eval_env_spec or dataset.env_spec
+    spec = dataset._eval_env_spec or dataset.env_spec
     check(spec is not None, f"{env_id} names no environment: export its transitions and train with --data")
     for entry in (spec, *(spec.additional_wrappers or ())):
         _check_trusted(env_id, entry)

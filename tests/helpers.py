@@ -20,6 +20,7 @@ from torch import Tensor
 import common
 import dtql_continuous as dtql
 import stacked
+import tasks
 from tasks import Task
 from tools import import_method, methods
 
@@ -261,3 +262,38 @@ def table(text: str, heading: str) -> dict[str, dict[str, str]]:
             break
         rows.setdefault(cells[0].strip("`"), dict(zip(head, cells)))
     return rows
+
+
+# ---- tasks -------------------------------------------------------------------------------------------------------------
+
+
+def load_task(env_id: str = "", **more) -> Task:
+    """The task of `--env-id` and `--data`."""
+    return tasks.load_task(common.Args(env_id=env_id, **more))
+
+
+def write_minari(env_id: str, env: gym.Env, episodes: int = 3, steps: int = 30, **metadata) -> Path:
+    """A local Minari data set of random actions in `env`, written as Minari does but without its collector, which needs jax."""
+    import minari
+    from minari.data_collector import EpisodeBuffer
+
+    buffers = []
+    for number in range(episodes):
+        obs, _ = env.reset(seed=number)
+        env.action_space.seed(number)
+        observations, actions, rewards, terminations, truncations = [obs], [], [], [], []
+        for step in range(steps):
+            actions.append(env.action_space.sample())
+            obs, reward, terminated, truncated, _ = env.step(actions[-1])
+            observations.append(obs)
+            rewards.append(float(reward))
+            terminations.append(terminated)
+            truncations.append(truncated or step == steps - 1)
+            if terminated or truncated:
+                break
+        if isinstance(obs, dict):
+            observations = {key: np.stack([each[key] for each in observations]) for key in obs}
+        buffers.append(EpisodeBuffer(number, number, None, observations, actions, rewards, terminations, truncations, None))
+    known = dict(algorithm_name="random", author="t", author_email="t", code_permalink="t", description="t") | metadata
+    minari.create_dataset_from_buffers(env_id, buffers, env=env, **known)
+    return Path(os.environ["MINARI_DATASETS_PATH"]) / env_id

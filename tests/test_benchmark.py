@@ -16,10 +16,10 @@ import torch
 from helpers import FLAGS, ROOT, command, make_args, params_of, run_here, run_script, table, until
 
 import bc
-import benchmark
+from tools import benchmark
 import common
-import data
-import report
+import tasks
+from tools import report
 
 # ---- statistics --------------------------------------------------------------------------------------------------------
 
@@ -249,7 +249,7 @@ def test_a_killed_worker_and_a_lost_node_change_nothing(tmp_path, mark):
         arguments = ("--tasks", "hopper-medium-v2", "--methods", "bc", "--num-seeds", 4, "--one-run-per-seed", "--out-dir", out,
                      "--address", cluster.address, "--", *SMALL)  # fmt: skip
         with open(tmp_path / "log", "w") as log:
-            driver = subprocess.Popen(command(*arguments, script="benchmark.py"), stdout=log, stderr=subprocess.STDOUT)
+            driver = subprocess.Popen(command(*arguments, script="tools.benchmark"), stdout=log, stderr=subprocess.STDOUT)
         until(lambda: len(list(out.glob("*/*/*/*/checkpoint.pt"))) == 4, 120)
         os.kill(workers(mark)[0], signal.SIGKILL)
         time.sleep(1)
@@ -267,16 +267,16 @@ def test_a_killed_driver_goes_on_with_the_same_command(tmp_path, mark):
     out = tmp_path / "bench"
     arguments = ("--tasks", "hopper-medium-v2", "--methods", "bc", "--num-seeds", 2, "--one-run-per-seed", "--out-dir", out,
                  "--", *SMALL)  # fmt: skip
-    driver = subprocess.Popen(command(*arguments, script="benchmark.py"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    driver = subprocess.Popen(command(*arguments, script="tools.benchmark"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     until(lambda: list(out.glob("*/*/*/*/checkpoint.pt")), 120)
     driver.kill()
     driver.wait()
-    again = run_script(*arguments, script="benchmark.py")
+    again = run_script(*arguments, script="tools.benchmark")
     assert again.returncode == 0, again.stderr
     assert_equal(parameters(out), undisturbed(tmp_path, range(2)))
     # A third time there is nothing to do, and no Ray is started for it
     start = time.perf_counter()
-    assert run_script(*arguments, script="benchmark.py").returncode == 0
+    assert run_script(*arguments, script="tools.benchmark").returncode == 0
     assert time.perf_counter() - start < 20 and len(list(out.glob("*/*/*/*/checkpoint.pt"))) == 2
     # Two helpers of the killed driver's Ray report its death for 60 s, to a control store that died with it
     agents = ("ray::DashboardAgent", "ray::RuntimeEnvAgent")
@@ -290,7 +290,7 @@ def test_ctrl_c_leaves_checkpoints_and_what_cannot_work_is_a_row(tmp_path, mark)
     arguments = ("--tasks", *tasks, "--methods", "bc", "--num-seeds", 2, "--out-dir", out, "--")
     long = [flag for flag in SMALL if "epochs" not in flag]
     driver = subprocess.Popen(
-        command(*arguments, *long, "--epochs=100000", script="benchmark.py"), stderr=subprocess.PIPE, text=True
+        command(*arguments, *long, "--epochs=100000", script="tools.benchmark"), stderr=subprocess.PIPE, text=True
     )
     until(lambda: list(out.glob("hopper*/*/*/*/checkpoint.pt")) and list(out.glob("walker*/*/*/status.json")), 120)
     driver.send_signal(signal.SIGINT)
@@ -299,7 +299,7 @@ def test_ctrl_c_leaves_checkpoints_and_what_cannot_work_is_a_row(tmp_path, mark)
     assert "walker2d-medium-v2 bc 0: cannot download" in errors
     (log,) = out.glob("hopper*/bc/0/log.txt")
     assert "stopped at update" in log.read_text(errors="replace")
-    result = run_script("--report-only", "--out-dir", out, script="benchmark.py")
+    result = run_script("--report-only", "--out-dir", out, script="tools.benchmark")
     rows = table((out / "report.md").read_text(), "## gym")
     assert result.returncode == 0 and rows["walker2d-medium-v2"]["bc, last"].startswith("failed")
 
@@ -335,7 +335,7 @@ def test_bad_input_is_not_tried_again_until_the_command_is(hopper, tmp_path):
 def test_commands_for_other_schedulers(tmp_path):
     out = tmp_path / "bench"
     arguments = ("--print-commands", "--methods", "bc", "iql", "--out-dir", out, "--gpus-per-run", 0, "--one-run-per-seed")
-    result = run_script(*arguments, "--tasks", "pointmaze", "pen-human-v1", "--", "--epochs", 5, script="benchmark.py")
+    result = run_script(*arguments, "--tasks", "pointmaze", "pen-human-v1", "--", "--epochs", 5, script="tools.benchmark")
     lines = result.stdout.splitlines()
     assert len(lines) == len(set(lines)) == 4 * 2 * 3 and not out.exists()
     settings = f"--env-id pen-human-v1 --seed 2 --num-seeds 1 --run-dir {out}/pen-human-v1/iql/2"
@@ -376,7 +376,7 @@ def test_an_address_that_nobody_answers(tmp_path, mark):
         unused.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{unused.getsockname()[1]}"
     result = run_script(
-        "--tasks", "hopper-medium-v2", "--address", address, "--out-dir", tmp_path / "bench", script="benchmark.py"
+        "--tasks", "hopper-medium-v2", "--address", address, "--out-dir", tmp_path / "bench", script="tools.benchmark"
     )
     assert result.returncode == 2 and "Traceback" not in result.stderr, result.stderr
     assert result.stderr.strip().splitlines()[-1].startswith(f"error: --address {address}: no Ray cluster answers there")
@@ -396,13 +396,13 @@ def test_scripts_run_without_ray(hopper, tmp_path):
     flags = ("--env-id=hopper-medium-v2", *FLAGS, "--epochs=1", "--steps-per-epoch=10", "--run-dir", tmp_path / "runs")
     environment = dict(PYTHONPATH=str(tmp_path))
     assert run_script(*flags, script="bc.py", **environment).returncode == 0
-    result = run_script("--tasks", "hopper-medium-v2", "--out-dir", tmp_path / "b", script="benchmark.py", **environment)
+    result = run_script("--tasks", "hopper-medium-v2", "--out-dir", tmp_path / "b", script="tools.benchmark", **environment)
     assert result.returncode == 2 and "needs ray" in result.stderr
 
 
 def test_the_default_suite_is_the_three_mazes():
     jobs = benchmark.make_jobs(benchmark.Args(gpus_per_run=0), [])
-    assert {job.task for job in jobs} == set(data.POINTMAZES) and len(jobs) == 3 * len(benchmark.METHODS)
+    assert {job.task for job in jobs} == set(tasks.POINTMAZES) and len(jobs) == 3 * len(benchmark.METHODS)
     assert all(job.num_seeds == 3 and Path(job.folder).is_absolute() for job in jobs)
     assert len(benchmark.expand_tasks(["paper", "gym", "hopper-medium-v2"])) == 20
     assert (ROOT / "results" / "paper_scores.csv").exists()

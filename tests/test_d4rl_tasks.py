@@ -8,14 +8,22 @@ import sys
 import gymnasium as gym
 import numpy as np
 import pytest
-from helpers import ROOT, make_args, write_d4rl
+from helpers import ROOT, load_task, make_args, write_d4rl
 
-import common
-import d4rl_tasks
-import data
 import dtql_continuous as dtql
+import evaluation
 from common import UserError
-from d4rl_tasks import TASKS
+from tasks import d4rl
+from tasks.d4rl import TASKS
+
+DIMENSIONS = {  # of observations and actions
+    "halfcheetah": (17, 6),
+    "hopper": (11, 3),
+    "walker2d": (17, 6),
+    "antmaze": (29, 8),
+    "pen": (45, 24),
+    "kitchen": (60, 9),
+}
 
 
 @pytest.fixture(scope="module", params=["umaze-v0", "medium-play-v2", "large-diverse-v2"])
@@ -38,13 +46,13 @@ def test_there_are_26_ids_that_gym_makes_by_either_name():
     env = gym.make("antmaze-large-diverse-v0")
     obs, _ = env.reset(seed=0)
     assert obs.shape == (29,) and env.action_space.shape == (8,)
-    assert isinstance(env.unwrapped, d4rl_tasks.AntMazeEnv)
+    assert isinstance(env.unwrapped, d4rl.AntMazeEnv)
 
 
 def test_importing_twice_or_beside_another_registration_does_no_harm():
     code = (
         "import gymnasium as gym, importlib; gym.register('hopper-medium-v2', lambda: 'theirs');"
-        "import d4rl_tasks; importlib.reload(d4rl_tasks); print(gym.spec('hopper-medium-v2').entry_point());"
+        "import tasks.d4rl; importlib.reload(tasks.d4rl); print(gym.spec('hopper-medium-v2').entry_point());"
         "print(gym.make('d4rl/hopper-medium-v2').unwrapped)"
     )
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
@@ -55,10 +63,10 @@ def test_importing_twice_or_beside_another_registration_does_no_harm():
 
 @pytest.mark.parametrize("env_id", TASKS)
 def test_spaces_fit_the_files(env_id):
-    task, env = TASKS[env_id], make(env_id)
+    env, (obs_dim, action_dim) = make(env_id), DIMENSIONS[env_id.split("-")[0]]
     obs, _ = env.reset(seed=0)
-    assert obs.shape == env.observation_space.shape == (task.obs_dim,)
-    assert env.action_space.shape == (task.action_dim,)
+    assert obs.shape == env.observation_space.shape == (obs_dim,)
+    assert env.action_space.shape == (action_dim,)
     assert (env.action_space.low == -1).all() and (env.action_space.high == 1).all()
     other, _ = make(env_id).reset(seed=0)
     np.testing.assert_array_equal(obs, other)  # seeding
@@ -86,7 +94,7 @@ def test_ant_has_d4rls_physics(antmaze):
 def test_the_frame_is_d4rls(antmaze):
     """Start cell at the origin, x along columns, y along rows (downwards in the map), 4 m cells, walls 2 m high."""
     env = antmaze.unwrapped
-    rows = d4rl_tasks.MAZES[env.spec.kwargs["maze"]].split()
+    rows = d4rl.MAZES[env.spec.kwargs["maze"]].split()
     obs, _ = antmaze.reset(seed=1)
     assert np.abs(obs[:2]).max() <= 0.1
     np.testing.assert_array_equal(obs, np.concatenate((env.data.qpos[:15], env.data.qvel[:14])))
@@ -182,7 +190,7 @@ def test_resets_are_d4rls():
 
 
 def test_antmaze_pickles():
-    env = d4rl_tasks.AntMazeEnv("umaze", True)
+    env = d4rl.AntMazeEnv("umaze", True)
     env.reset(seed=0)
     copy = pickle.loads(pickle.dumps(env))
     assert copy.resample_goal and copy.model.nq == env.model.nq
@@ -296,7 +304,9 @@ def test_every_family_trains_and_is_evaluated_in_its_environment(env_id, tmp_pat
     monkeypatch.setenv("D4RL_DATASET_DIR", str(tmp_path))
     task = TASKS[env_id]
     timeouts = None if env_id.startswith("kitchen") else np.arange(600) % 50 == 49
-    write_d4rl(tmp_path / task.file, 600, task.obs_dim, task.action_dim, timeouts=timeouts)
+    obs_dim, action_dim = DIMENSIONS[env_id.split("-")[0]]
+    rewards = np.zeros(600, np.float32) if env_id.startswith("antmaze") else np.ones(600, np.float32)
+    write_d4rl(tmp_path / task.file, 600, obs_dim, action_dim, timeouts=timeouts, rewards=rewards)
     spec = gym.spec(f"d4rl/{env_id}")
     monkeypatch.setattr(spec, "max_episode_steps", 15)
     args = make_args(
@@ -317,18 +327,18 @@ def test_a_file_of_another_task_is_refused_by_name(tmp_path, monkeypatch):
     monkeypatch.setenv("D4RL_DATASET_DIR", str(tmp_path))
     file = write_d4rl(tmp_path / TASKS["kitchen-mixed-v0"].file, obs_dim=59, action_dim=9)
     with pytest.raises(UserError, match="data of another task") as error:
-        data.load_task("kitchen-mixed-v0")
+        load_task("kitchen-mixed-v0")
     assert str(file) in str(error.value)
 
 
 @pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="one core")
 def test_antmaze_evaluation_in_worker_processes_is_the_same_and_ends_them():
-    seeds = common.episode_seeds([0], 1, 5)
+    seeds = evaluation.episode_seeds([0], 1, 5)
     results = []
     for workers in (0, 2):
-        envs = common.LockstepEnvs(lambda: gym.wrappers.TimeLimit(d4rl_tasks.AntMazeEnv("umaze", True), 20), range(3), workers)
+        envs = evaluation.LockstepEnvs(lambda: gym.wrappers.TimeLimit(d4rl.AntMazeEnv("umaze", True), 20), range(3), workers)
         act = lambda obs: np.sin(np.arange(8) + obs[..., :1]).astype(np.float32)
-        results.append(common.run_episodes(envs, act, seeds))
+        results.append(evaluation.run_episodes(envs, act, seeds))
         envs.close()
         assert not any(process.is_alive() for process in envs.processes)
     np.testing.assert_array_equal(results[0], results[1])

@@ -9,7 +9,7 @@ from helpers import ROOT
 
 
 def test_the_page_of_tasks_is_generated_from_the_table():
-    page = subprocess.run([sys.executable, ROOT / "d4rl_tasks.py"], capture_output=True, text=True, check=True).stdout
+    page = subprocess.run([sys.executable, ROOT / "d4rl.py"], capture_output=True, text=True, check=True).stdout
     assert (ROOT / "docs" / "tasks.md").read_text() == page
 
 

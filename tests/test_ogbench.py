@@ -7,13 +7,14 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from helpers import FLAGS, make_args, run_script
+from helpers import FLAGS, load_task, make_args, run_script
 
 import common
-import data
 import dtql_continuous as dtql
+import evaluation
 import fql
 from common import UserError
+from tasks import ogbench
 
 IDS = (
     "antmaze-large-navigate-singletask-v0",
@@ -27,15 +28,16 @@ IDS = (
 def folder(tmp_path, monkeypatch):
     monkeypatch.setenv("OGBENCH_DATASET_DIR", str(tmp_path / "ogbench"))
     monkeypatch.setenv("OGBENCH_BASE_URL", "http://127.0.0.1:9/")
-    monkeypatch.setattr(data, "OGBENCH_SOURCES", ())
+    monkeypatch.setattr(ogbench, "SOURCES", ())
+    monkeypatch.setattr(ogbench, "MIRROR", None)
     (tmp_path / "ogbench").mkdir()
     return tmp_path / "ogbench"
 
 
 def write(folder, env_id: str, trajectories: int = 4, length: int = 20):
     """A file in OGBench's format: random states of the environment itself; the third state of each trajectory is solved."""
-    name, kind, number = data._OGBENCH.fullmatch(env_id).groups()
-    env = data._make_ogbench_env(f"{name}-singletask{number or ''}-v0")
+    name, kind, number = ogbench.ID.fullmatch(env_id).groups()
+    env = ogbench.make_env(f"{name}-singletask{number or ''}-v0")
     inner, rng, columns = env.unwrapped, np.random.default_rng(0), {}
     state = inner.data if "maze" in name else inner._data
     for _ in range(trajectories):
@@ -69,7 +71,7 @@ def write(folder, env_id: str, trajectories: int = 4, length: int = 20):
 @pytest.mark.parametrize("env_id", IDS)
 def test_masks_decide_the_bootstrap_and_a_run_ends(env_id, folder, tmp_path):
     write(folder, env_id)
-    task = data.load_task(env_id)
+    task = load_task(env_id)
     assert len(task.obs) == 4 * 19  # the last row of a trajectory has no successor
     solved = np.tile(np.arange(19) == 2, 4)
     np.testing.assert_array_equal(task.terminals, solved)
@@ -90,11 +92,11 @@ def test_masks_decide_the_bootstrap_and_a_run_ends(env_id, folder, tmp_path):
 )
 def test_evaluation_is_as_random_as_its_seeds(gym_id):
     """Also where the environment draws from numpy's global state, in any order of copies, in this process and in workers."""
-    make_env = lambda: data._make_ogbench_env(gym_id)
+    make_env = lambda: ogbench.make_env(gym_id)
     seeds = np.arange(4)
 
     def paths(workers: int, order: list[int]) -> dict[int, np.ndarray]:
-        envs = common.LockstepEnvs(make_env, seeds, workers)
+        envs = evaluation.LockstepEnvs(make_env, seeds, workers)
         everyone, found = np.arange(4), []
         np.random.seed(workers)
         obs = envs.reset(everyone, seeds[order])
@@ -118,7 +120,7 @@ def test_evaluation_is_as_random_as_its_seeds(gym_id):
 
 
 def test_the_wrapper_leaves_numpys_global_state_alone_and_ends_when_solved():
-    env = data._make_ogbench_env("antmaze-teleport-singletask-v0")
+    env = ogbench.make_env("antmaze-teleport-singletask-v0")
     np.random.seed(5)
     expected = np.random.RandomState(5).rand(3)
     env.reset(seed=1)
@@ -151,7 +153,7 @@ def test_the_wrapper_leaves_numpys_global_state_alone_and_ends_when_solved():
 )
 def test_other_kinds_are_refused_by_name(env_id):
     with pytest.raises(UserError, match="state-based single tasks") as error:
-        data.load_task(env_id)
+        load_task(env_id)
     assert "\n" not in str(error.value)
 
 
@@ -159,23 +161,23 @@ def test_bad_files(folder, tmp_path):
     env_id = IDS[1]
     file = folder / "cube-single-play-v0.npz"
     with pytest.raises(UserError, match="put cube-single-play-v0.npz into"):
-        data.load_task(env_id)
+        load_task(env_id)
     file.write_bytes(b"no archive")
-    with pytest.raises(UserError, match="not a complete OGBench file"):
-        data.load_task(env_id)
+    with pytest.raises(UserError, match="cannot be read as an OGBench file"):
+        load_task(env_id)
     np.savez(file, observations=np.zeros((5, 3)))
-    with pytest.raises(UserError, match="not a complete OGBench file"):
-        data.load_task(env_id)
+    with pytest.raises(UserError, match="cannot be read as an OGBench file"):
+        load_task(env_id)
     write(folder, env_id)
     arrays = dict(np.load(file))
     np.savez(file, **arrays | {"observations": arrays["observations"][:, :5]})
     with pytest.raises(UserError, match="data of another task"):
-        data.load_task(env_id)
+        load_task(env_id)
     np.savez(file, **arrays | {"actions": np.full_like(arrays["actions"], np.nan)})
     with pytest.raises(UserError, match="NaN or infinite actions"):
-        data.load_task(env_id)
+        load_task(env_id)
     with pytest.raises(UserError, match="OGBench has no cube-none-singletask-v0"):
-        data.load_task("cube-none-play-singletask-v0")
+        load_task("cube-none-play-singletask-v0")
 
 
 def test_command_line(folder, tmp_path):

@@ -10,7 +10,7 @@ import pytest
 from helpers import ROOT, make_args, table
 
 import dtql_continuous as dtql
-import report
+from tools import report
 
 RESULTS = ROOT / "results"
 MAZES = {"U-maze": "umaze", "medium": "medium", "large": "large"}

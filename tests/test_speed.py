@@ -16,7 +16,7 @@ import dtql_continuous as dtql
 import idql
 import iql
 import kl_distill
-import speed
+from tools import speed
 import srpo
 import stacked
 

@@ -7,9 +7,9 @@ import pytest
 from helpers import make_args, run_script, write_d4rl
 from PIL import Image
 
-import d4rl_tasks
+from tasks import d4rl
 import dtql_continuous as dtql
-import watch
+from tools import watch
 from common import UserError
 
 
@@ -28,7 +28,9 @@ def run_dir(hopper, tmp_path):
 def test_an_episode_becomes_a_gif(run_dir, tmp_path):
     if watch.find_renderer() is None:
         pytest.skip("nothing renders here")
-    result = run_script(run_dir, "--out", tmp_path / "out", script="watch.py")  # how mujoco renders is settled once per process
+    result = run_script(
+        run_dir, "--out", tmp_path / "out", script="tools.watch"
+    )  # how mujoco renders is settled once per process
     assert result.returncode == 0, result.stderr
     file = tmp_path / "out" / "watch.gif"
     with Image.open(file) as picture:
@@ -40,7 +42,7 @@ def test_an_episode_becomes_a_gif(run_dir, tmp_path):
 
 
 def test_without_a_renderer_one_line_says_what_to_install(run_dir, tmp_path):
-    result = run_script(run_dir, "--out", tmp_path / "out", script="watch.py", MUJOCO_GL="nothing")
+    result = run_script(run_dir, "--out", tmp_path / "out", script="tools.watch", MUJOCO_GL="nothing")
     assert result.returncode == 2 and "libegl1" in result.stderr.splitlines()[-1] and "Traceback" not in result.stderr
     assert not (tmp_path / "out").exists()
 
@@ -48,7 +50,7 @@ def test_without_a_renderer_one_line_says_what_to_install(run_dir, tmp_path):
 def test_the_ways_through_a_maze(tmp_path, monkeypatch):
     """Walls where the maze has them, ways that begin at the start, and whoever is rewarded has reached the goal."""
     monkeypatch.setenv("D4RL_DATASET_DIR", str(tmp_path / "data"))
-    write_d4rl(tmp_path / "data" / d4rl_tasks.TASKS["antmaze-umaze-v2"].file, obs_dim=29, action_dim=8)
+    write_d4rl(tmp_path / "data" / d4rl.TASKS["antmaze-umaze-v2"].file, obs_dim=29, action_dim=8)
     args = make_args(tmp_path, env_id="antmaze-umaze-v2", epochs=0, pretrain_epochs=0, eval_episodes=1)
     run = dtql.main(args)["run_dir"]
     (file,) = watch.main(watch.Args(run, episodes=0, paths=2, out=str(tmp_path)))
