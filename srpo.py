@@ -306,7 +306,7 @@ class SRPO(nn.Module):
             score = self.denoiser(c_data(time) * fixed + c_noise(time) * noise, time, batch.obs)
             score = score - noise if self.args.baseline else score
         q = self.target_critic(batch.obs, fixed).mean(1)
-        (gradient,) = torch.autograd.grad(q.sum(), fixed)
+        (gradient,) = torch.autograd.grad(q.sum(), [fixed])
         if self.args.normalize_gradient:
             gradient = gradient / (gradient.square().mean(-1, keepdim=True).sqrt() + 1e-8)
         direction = c_noise(time) ** 2 * score - self.beta[:, None, None] * gradient

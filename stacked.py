@@ -54,8 +54,9 @@ class Mish(nn.Mish):
 
 
 def with_parameters(module: nn.Module, values: dict[str, Tensor]) -> nn.Module:
-    """A copy of `module` whose parameters are `values`, by name; they share memory with them."""
-    clone = copy.deepcopy(module)
+    """A copy of `module` whose parameters are `values`, by name, which are not copied; nor are its buffers."""
+    shared = {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())}
+    clone = copy.deepcopy(module, shared)
     for name, value in values.items():
         path, _, leaf = name.rpartition(".")
         setattr(clone.get_submodule(path), leaf, nn.Parameter(value))
