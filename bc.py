@@ -150,7 +150,7 @@ class GaussianActor(nn.Module):
 
 
 class Denoiser(nn.Module):
-    """The diffusion policy mu_phi(a_t, t | s) (Appendix B): noisy actions (K, B, A), sigma (K, B, 1), obs (K, B, S) -> (K, B, A)."""
+    """The diffusion policy mu_phi(a_t, t | s) (Appendix B): noisy actions (K, B, A), sigma (K, B, 1), obs (K, B, S)."""
 
     def __init__(self, obs_dim: int, action_dim: int):
         super().__init__()
@@ -181,7 +181,7 @@ class BC(nn.Module):
     """Behaviour cloning, for K models. The loss returns (K,) and a dict of metrics (K,) to log."""
 
     def __init__(self, args: Args, obs_dim: int, action_dim: int, device: torch.device, data: Transitions | None = None):
-        """Build networks and optimizers on `device`. `data` has standardised observations; a policy that is only deployed needs none."""
+        """Build networks and optimizers on `device`. `data` has standardised observations; deployment needs none."""
         super().__init__()
         self.args, self.action_dim, self.device, self.data = args, action_dim, device, data
 

@@ -68,11 +68,11 @@ class Args:
     """The arguments of every script; a script adds those of its method."""
 
     env_id: str = "dtql/pointmaze-umaze-v0"
-    """D4RL (hopper-medium-v2), Minari (contains a slash) or OGBench id (contains singletask); by default a demo that needs no download"""
+    """D4RL (hopper-medium-v2), Minari (contains a slash) or OGBench id (contains singletask); default: a demo without download"""
     data: Annotated[str | None, tyro.conf.arg(metavar="FILE")] = None
     """your own transitions, HDF5 or npz (docs/tasks.md); evaluated if --env-id names a Gymnasium environment"""
     action_low: tuple[float, ...] | None = None
-    """lower bounds of the actions in --data if there is no environment: one number, or one per dimension; default: the data's range"""
+    """lower bounds of the actions in --data without an environment: one number, or one per dimension; default: their range"""
     action_high: tuple[float, ...] | None = None
     """upper bounds, likewise"""
     seed: int = 0
@@ -197,7 +197,7 @@ def cli(cls: type, argv: Sequence[str] | None = None, **options: Any) -> Any:
 
 
 def run(main: Callable[[Any], Any], parse: Callable[[], Any]) -> None:
-    """Run `main(parse())` as a program. A UserError becomes one line on stderr and exit status 2; SIGINT and SIGTERM 130 and 143."""
+    """Run `main(parse())` as a program: a UserError is one line on stderr and exit status 2; SIGINT and SIGTERM 130 and 143."""
     for stream in (sys.stdout, sys.stderr):  # an ASCII terminal gets "?" for what it cannot show
         stream.reconfigure(errors="replace")
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -376,7 +376,7 @@ def load_policy(
     low, high = (saved[name].cpu().numpy() for name in ("action_low", "action_high"))
     agent = make_agent(args, saved["obs_dim"], len(low), torch.device(device))
     params = dict(agent.named_parameters())
-    with stacked.torch.no_grad():
+    with torch.no_grad():
         for name, value in agent.state_dict(keep_vars=True).items():
             check(name in saved["agent"], f"{checkpoint} has no {name}: it is of another version of {saved['exp_name']}.py")
             value.copy_(saved["agent"][name][index : index + 1] if name in params else saved["agent"][name])
@@ -401,10 +401,27 @@ def load_policy(
 # ---- a run's folder ----------------------------------------------------------------------------------------------------
 
 LOG_EVERY = 100  # updates between readings of the losses, which make the host wait for the device
-EVAL_FIELDS = ("epoch", "seed", "return_mean", "return_std", "score_mean", "score_std", "length_mean", "episodes", "train_seconds",
-               "eval_seconds")  # fmt: skip
+EVAL_FIELDS = ("epoch", "seed", "return_mean", "return_std", "score_mean", "score_std", "length_mean", "episodes",
+               "train_seconds", "eval_seconds")  # fmt: skip
 EPISODE_FIELDS = ("epoch", "seed", "episode", "return", "score", "length")
 HARDWARE = ("resume", "run_dir", "cuda", "compile", "cudagraphs")  # what may change when a run is resumed
+
+
+def evaluate(
+    task: Any, envs: evaluation.LockstepEnvs, act: Callable, args: Args, epoch: int, device: torch.device
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, float]:
+    """Returns, scores and lengths (K, E) of an evaluation's episodes, and its seconds. Does not affect training."""
+    start, entropy = time.perf_counter(), np.random.SeedSequence([args.seed, epoch]).generate_state(1, np.uint64)[0]
+    generator = torch.Generator(device).manual_seed(int(entropy))
+
+    def act_in_env(obs: np.ndarray) -> np.ndarray:
+        check_stop()
+        actions = act(torch.as_tensor(obs, device=device), generator).cpu().numpy()
+        return evaluation.to_env_units(actions, task.action_low, task.action_high)
+
+    seeds = evaluation.episode_seeds(args.model_seeds, epoch, args.eval_episodes)
+    returns, lengths = evaluation.run_episodes(envs, act_in_env, seeds)
+    return returns, np.asarray(task.score(returns), np.float64), lengths, time.perf_counter() - start
 
 
 class Run:
@@ -588,18 +605,8 @@ class Run:
     def evaluate(self, act: Callable[[torch.Tensor, torch.Generator], torch.Tensor]) -> None:
         """Run the evaluation's episodes with `act`; write eval.csv, episodes.csv, TensorBoard and a checkpoint."""
         self.save()  # nothing that was trained is lost, whatever the environment does
-        args, start = self.args, time.perf_counter()
-        entropy = np.random.SeedSequence([args.seed, self.epoch]).generate_state(1, np.uint64)[0]
-        generator = torch.Generator(self.device).manual_seed(int(entropy))  # its own, so that training is not affected
-
-        def act_in_env(obs: np.ndarray) -> np.ndarray:
-            check_stop()
-            actions = act(torch.as_tensor(obs, device=self.device), generator).cpu().numpy()
-            return evaluation.to_env_units(actions, self.task.action_low, self.task.action_high)
-
-        seeds = evaluation.episode_seeds(args.model_seeds, self.epoch, args.eval_episodes)
-        returns, lengths = evaluation.run_episodes(self.envs, act_in_env, seeds)
-        scores, seconds = np.asarray(self.task.score(returns), np.float64), time.perf_counter() - start
+        args = self.args
+        returns, scores, lengths, seconds = evaluate(self.task, self.envs, act, args, self.epoch, self.device)
         rows = [
             dict(zip(EVAL_FIELDS, (self.epoch, seed, float(returns[i].mean()), float(returns[i].std()), float(scores[i].mean()),
                                    float(scores[i].std()), float(lengths[i].mean()), args.eval_episodes,

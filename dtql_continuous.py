@@ -165,7 +165,7 @@ HIDDEN = 256
 
 
 class Denoiser(nn.Module):
-    """The diffusion policy mu_phi(a_t, t | s) (Appendix B): noisy actions (K, B, A), sigma (K, B, 1), obs (K, B, S) -> (K, B, A)."""
+    """The diffusion policy mu_phi(a_t, t | s) (Appendix B): noisy actions (K, B, A), sigma (K, B, 1), obs (K, B, S)."""
 
     def __init__(self, obs_dim: int, action_dim: int):
         super().__init__()

@@ -41,7 +41,9 @@ class _Shard:
         )
 
     def step(self, indices: Sequence[int], actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        obs, rewards, terminated, truncated, _ = zip(*(self.envs[index].step(a) for index, a in zip(indices, actions)), strict=True)
+        obs, rewards, terminated, truncated, _ = zip(
+            *(self.envs[index].step(a) for index, a in zip(indices, actions)), strict=True
+        )
         obs = np.stack([self._checked(index, one) for index, one in zip(indices, obs)])
         rewards = np.array(rewards, np.float64)
         if rewards.shape != (len(obs),) or not np.isfinite(rewards).all():

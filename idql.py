@@ -95,7 +95,7 @@ def task_defaults(env_id: str) -> dict[str, Any]:
 
 
 def make_data(task: Task, args: Args, device: torch.device) -> Transitions:
-    """The data on `device`. Rewards: sparse mazes r - 1, locomotion divided by the range of returns / 1000, others as they are."""
+    """The data on `device`. Rewards: sparse mazes r - 1, locomotion divided by the range of returns / 1000, others raw."""
     rewards = task.rewards - 1 if task.sparse_goal else task.rewards
     if tasks.domain(args.env_id) == "locomotion":
         rewards = rewards * np.float32(1000 / return_range(task))

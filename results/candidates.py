@@ -15,10 +15,11 @@ from runs import panel_per_task
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-import data  # noqa: E402
-
 import common  # noqa: E402
 import dtql_continuous as dtql  # noqa: E402
+import evaluation  # noqa: E402
+import stacked  # noqa: E402
+import tasks  # noqa: E402
 
 CANDIDATES = (1, 4, 16, 64, 256, 1024)
 
@@ -26,16 +27,16 @@ CANDIDATES = (1, 4, 16, 64, 256, 1024)
 def evaluate(run_dir: str) -> list[dict[str, float | str]]:
     """A row for each number of candidates and model. Raises UserError if that is no run."""
     saved = common.open_checkpoint(f"{run_dir}/checkpoint.pt")
-    args = replace(dtql.Args(**common.settings_from(dtql.Args, saved["args"], run_dir)), compile=False)
-    task, rows = data.task_of(args), []
-    with contextlib.closing(common.make_lockstep_envs(task, args)) as envs:
+    args = replace(dtql.Args(**common.saved_settings(dtql.Args, saved["args"], run_dir)), compile=False)
+    task, rows, device = tasks.load_task(args), [], torch.device("cpu")
+    with contextlib.closing(evaluation.make_envs(task.make_env, args)) as envs:
         for number in common.progress_bar(iterable=CANDIDATES, desc=args.env_id, unit="evaluation"):
-            agent = dtql.DTQL(replace(args, num_candidates=number), task, torch.device("cpu"))
-            agent.models.load_state_dict(saved["learner"])
-            result = dtql.evaluate(agent, task, envs, args.epochs)
-            for seed, scores, lengths in zip(args.model_seeds, result.scores, result.lengths):
-                row = dict(task=args.env_id, seed=seed, candidates=number, score=scores.mean(), std=scores.std())
-                rows.append(row | dict(length=lengths.mean(), episodes=len(scores), seconds=round(result.seconds, 1)))
+            agent = dtql.DTQL(replace(args, num_candidates=number), saved["obs_dim"], len(saved["action_low"]), device)
+            stacked.load_state(agent, saved["agent"])
+            _, scores, lengths, seconds = common.evaluate(task, envs, agent.act, args, args.epochs, device)
+            for seed, own, steps in zip(args.model_seeds, scores, lengths):
+                row = dict(task=args.env_id, seed=seed, candidates=number, score=own.mean(), std=own.std())
+                rows.append(row | dict(length=steps.mean(), episodes=len(own), seconds=round(seconds, 1)))
     return rows
 
 

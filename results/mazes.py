@@ -3,30 +3,31 @@
 The first panel shows 100 of the data's episodes, the others four episodes of each of a run's models, from the start to the goal.
 """
 
-import importlib
 import sys
 from pathlib import Path
 
-import minari
+import numpy as np
 from matplotlib.figure import Figure
 from runs import labelled_runs
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-import data  # noqa: E402
-
-import watch  # noqa: E402
+import common  # noqa: E402
+import tasks  # noqa: E402
+from tools import import_method, watch  # noqa: E402
 
 
 def main() -> None:
     out, runs = labelled_runs(__doc__)
     env_id = runs[0][2]["args"]["env_id"]
-    env = data.load_task(env_id).make_env()
-    panels = {"data": [episode.observations["achieved_goal"] for episode in minari.load_dataset(env_id).sample_episodes(100)]}
+    task = tasks.load_task(common.Args(env_id=env_id))
+    env, ends = task.make_env(), np.flatnonzero(np.abs(task.obs[1:] - task.next_obs[:-1]).sum(1) > 0) + 1
+    drawn = np.random.default_rng(0).permutation(len(ends))[:100]
+    panels = {"data": [episode[:, :2] for i, episode in enumerate(np.split(task.obs, ends)) if i in drawn]}
     for label, folder, config in runs:
         paths, reached = [], 0
         for index in range(config["args"]["num_seeds"]):
-            act = importlib.import_module(config["exp_name"]).load_policy(f"{folder}/checkpoint.pt", index)
+            act = import_method(config["exp_name"]).load_policy(f"{folder}/checkpoint.pt", index)
             walked = watch.walk(env, act, 4)
             paths, reached = paths + walked[0], reached + walked[1]
         panels[f"{label}: {reached} of {len(paths)} reach the goal"] = paths

@@ -71,8 +71,8 @@ def _read(file: Path) -> dict[str, np.ndarray]:
     check(both == 0, f"{place}: {both} row(s) are terminal and timeout: did the task end there, or only the recording?")
     check(
         "next_observations" in arrays or bool(ends.any() or cuts.any()),
-        f"{place}: no row is terminal or a timeout, and there are no next_observations: where does a trajectory end? Add timeouts "
-        "with 1 in the last row of each",
+        f"{place}: no row is terminal or a timeout, and there are no next_observations: where does a trajectory end? Add "
+        "timeouts with 1 in the last row of each",
     )
     return arrays
 

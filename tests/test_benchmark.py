@@ -16,10 +16,11 @@ import torch
 from helpers import FLAGS, ROOT, command, make_args, params_of, run_here, run_script, table, until
 
 import bc
-from tools import benchmark
 import common
 import tasks
-from tools import report
+from tools import benchmark, report
+
+pytestmark = pytest.mark.slow
 
 # ---- statistics --------------------------------------------------------------------------------------------------------
 
@@ -402,7 +403,7 @@ def test_scripts_run_without_ray(hopper, tmp_path):
 
 def test_the_default_suite_is_the_three_mazes():
     jobs = benchmark.make_jobs(benchmark.Args(gpus_per_run=0), [])
-    assert {job.task for job in jobs} == set(tasks.POINTMAZES) and len(jobs) == 3 * len(benchmark.METHODS)
+    assert {job.task for job in jobs} == set(tasks.POINTMAZES) and len(jobs) == 3 * len(benchmark.methods())
     assert all(job.num_seeds == 3 and Path(job.folder).is_absolute() for job in jobs)
     assert len(benchmark.expand_tasks(["paper", "gym", "hopper-medium-v2"])) == 20
     assert (ROOT / "results" / "paper_scores.csv").exists()

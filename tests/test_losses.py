@@ -98,6 +98,7 @@ def cloning_agent(actions: np.ndarray, module=dtql, updates: int = 1200, **setti
     return agent
 
 
+@pytest.mark.slow
 def test_denoiser_learns_the_posterior_mean_of_gaussian_data(narrow):
     """a ~ N(m, s^2), a_t = a + sigma eps: E[a | a_t] = (s^2 a_t + sigma^2 m) / (s^2 + sigma^2)."""
     mean, std = 0.2, 0.15
@@ -110,6 +111,7 @@ def test_denoiser_learns_the_posterior_mean_of_gaussian_data(narrow):
         assert (denoised - posterior).abs().max() < 0.04, sigma
 
 
+@pytest.mark.slow
 def test_trust_region_loss_prefers_the_modes(narrow):
     """On a mixture of narrow Gaussians at -0.6 and 0.6, the loss is lower on the modes than between and beyond them."""
     rng = np.random.default_rng(0)
@@ -269,6 +271,7 @@ def test_kls_weight_has_a_floor():
     torch.testing.assert_close(actions.grad, torch.full((1, 4, 2), 1 / kl_distill.WEIGHT_FLOOR / 8))
 
 
+@pytest.mark.slow
 def test_distillation_without_q_recovers_both_modes_in_proportion(narrow):
     """Data at -0.6 (30 %) and 0.5 (70 %); the learning rate decays, so that the proportion comes to rest."""
     rng = np.random.default_rng(0)
@@ -352,6 +355,7 @@ def test_sampler_reaches_the_mean_and_variance_of_gaussian_data(mean, std):
     assert 3 < errors[0] / errors[1] < 7 and abs(errors[2]) < 0.005 * std  # second order
 
 
+@pytest.mark.slow
 def test_diffusion_policy_clones_two_modes_and_a_deterministic_one_takes_the_mean(narrow):
     rng = np.random.default_rng(0)
     actions = np.where(rng.random(4000) < 0.3, -0.6, 0.5)[:, None] + 0.03 * rng.standard_normal((4000, 1))
@@ -723,6 +727,7 @@ def test_flow_matching_is_least_at_the_conditional_velocity():
         assert loss(change) > best and loss(lambda x, t: -change(x, t)) > best
 
 
+@pytest.mark.slow
 def test_fqls_one_step_policy_follows_the_flow_when_alpha_is_large():
     agent = make_agent(module=fql, alpha=1e6)
     with torch.no_grad():

@@ -157,6 +157,7 @@ def test_actions_do_not_depend_on_how_many_states_are_given(module, changes):
 
 
 @EACH
+@pytest.mark.slow
 def test_a_killed_run_resumes_bit_identically(hopper, tmp_path, module):
     """SIGKILL in mid-run, then --resume: parameters, optimizers and evaluations are those of an undisturbed run."""
     script, flags = (
@@ -178,6 +179,7 @@ def test_a_killed_run_resumes_bit_identically(hopper, tmp_path, module):
 
 
 @EACH
+@pytest.mark.slow
 def test_a_run_is_deployed_as_it_was_trained(hopper, tmp_path, module):
     """load_policy of model 1 acts on raw observations as the agent of the run does, in the environment's units."""
     args = make_args(tmp_path, module, num_seeds=2, epochs=1)
@@ -201,6 +203,7 @@ def test_a_run_is_deployed_as_it_was_trained(hopper, tmp_path, module):
 
 
 @EACH
+@pytest.mark.slow
 def test_help_shows_the_tasks_values_and_bad_flags_are_one_line(module):
     script = f"{module.__name__}.py"
     assert run_script("--help", script=script).returncode == 0
@@ -213,14 +216,17 @@ def test_help_shows_the_tasks_values_and_bad_flags_are_one_line(module):
         assert result.returncode == 2 and message in result.stderr and len(result.stderr.strip().splitlines()) == 1
 
 
-HACK = [
-    ("    num_candidates: int = 1024\n", "    bonus: float = 0.1\n    \"\"\"weight of the entropy\"\"\"\n    num_candidates: int = 1024\n"),
+HACK = [  # a flag, a loss term that draws noise and uses dropout, and a print
+    ("    num_candidates: int = 1024\n", '    bonus: float = 0.1\n    """weight of the entropy"""\n    num_candidates: int = 1024\n'),
     ("            actions = torch.tanh(mean + torch.exp(log_std) * z)\n",
      "            actions = torch.tanh(mean + torch.exp(log_std) * torch.randn_like(z))\n            print(end='')\n"),
-    ("        if self.args.nll:\n", "        loss = loss - self.args.bonus * nn.functional.dropout(metrics[\"entropy\"], 0.1)\n        if self.args.nll:\n"),
+    ("        if self.args.nll:\n",
+     "        bonus = nn.functional.dropout(metrics['entropy'], 0.1)\n        loss = loss - self.args.bonus * bonus\n"
+     "        if self.args.nll:\n"),
 ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_copied_script_with_a_flag_and_a_loss_term_more_is_a_method(hopper, tmp_path):
     """It trains, resumes, loads its policy, is watched and benchmarked, without a change to another file."""
     text = (ROOT / "dtql_continuous.py").read_text()

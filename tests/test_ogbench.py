@@ -16,6 +16,8 @@ import fql
 from common import UserError
 from tasks import ogbench
 
+pytestmark = pytest.mark.slow
+
 IDS = (
     "antmaze-large-navigate-singletask-v0",
     "cube-single-play-singletask-task2-v0",

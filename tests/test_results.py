@@ -12,6 +12,8 @@ from helpers import ROOT, make_args, table
 import dtql_continuous as dtql
 from tools import report
 
+pytestmark = pytest.mark.slow
+
 RESULTS = ROOT / "results"
 MAZES = {"U-maze": "umaze", "medium": "medium", "large": "large"}
 COLUMNS = {

@@ -56,6 +56,7 @@ def assert_one_line(result, *messages: str, status: int = 2) -> None:
         assert message in lines[0], errors
 
 
+@pytest.mark.slow
 def test_a_run_leaves_a_whole_folder(hopper, tmp_path):
     args = make_args(tmp_path, num_seeds=3, seed=7, epochs=3, eval_every=2)
     result = dtql.main(args)
@@ -102,6 +103,7 @@ def test_a_run_leaves_a_whole_folder(hopper, tmp_path):
     assert [event.step for event in events.Scalars("losses/critic")] == [20, 40, 60, 80]
 
 
+@pytest.mark.slow
 def test_a_slice_of_three_models_is_a_plain_module_and_a_policy(hopper, tmp_path):
     args = make_args(tmp_path, num_seeds=3)
     run_dir = dtql.main(args)["run_dir"]
@@ -130,6 +132,7 @@ def test_resume_after_an_end_is_a_no_op_and_conflicts_are_named(hopper, tmp_path
         dtql.main(replace(args, resume=run_dir))
 
 
+@pytest.mark.slow
 def test_resume_takes_its_settings_from_the_folder(hopper, tmp_path):
     run_dir = run_here(dtql, *SMALL, "--alpha=2.5", "--run-dir", tmp_path / "runs")
     assert_one_line(run_script("--resume", run_dir, "--alpha=3"), "has alpha = 2.5, not 3.0; leave the flag out")
@@ -141,6 +144,7 @@ def test_resume_takes_its_settings_from_the_folder(hopper, tmp_path):
     assert result.returncode == 0 and "does not know: old_flag" in result.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_interrupt_leaves_a_checkpoint_of_that_moment(hopper, tmp_path, number):
     flags = (*SMALL, "--epochs=8", "--eval-every=2", "--lr-decay", "--steps-per-epoch=37")
@@ -198,6 +202,7 @@ def test_nan_stops_the_run_and_keeps_the_last_good_checkpoint(hopper, tmp_path):
     assert all(param.isfinite().all() for param in params_of(run_dir).values())
 
 
+@pytest.mark.slow
 def test_evaluation_does_not_disturb_training(hopper, tmp_path):
     often = dtql.main(make_args(tmp_path, epochs=4, eval_every=1))["run_dir"]
     seldom = dtql.main(make_args(tmp_path, epochs=4))["run_dir"]
@@ -226,6 +231,7 @@ class Countdown(gym.Env):
         return np.array([self.length, self.now]), 1.0, self.now == self.length, False, {}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 3])
 @pytest.mark.parametrize("copies", [5, 12])
 def test_every_episode_counts_once_however_short(workers, copies):
@@ -305,6 +311,7 @@ def test_an_environment_that_gives_nan(what, workers):
 SWEEPS = [(module, name) for module in METHODS for name in module.Args.sweep]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("module", "name"), SWEEPS, ids=lambda value: getattr(value, "__name__", value))
 def test_each_model_trains_with_its_own_value(module, name):
     """Two values in a stack: each model's loss is that of a stack in which all have its value."""
@@ -323,6 +330,7 @@ def test_each_model_trains_with_its_own_value(module, name):
     assert any((metrics[1][key] - metrics[2][key]).abs().max() > 1e-6 for key in metrics[0])
 
 
+@pytest.mark.slow
 def test_a_run_says_which_is_which(hopper, tmp_path):
     """The command line: tables, TensorBoard, the policy, the report and a resumed run name the settings."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -391,6 +399,7 @@ def run_dir(finished, tmp_path, monkeypatch) -> Path:
     return Path(shutil.copytree(finished, tmp_path / "run"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "content",
     [torch.zeros(3), {}, {"format": 2}, {"agent": {"params": {}}, "args": {}}, b"", b"text", None, "half", "pickle"],
@@ -412,6 +421,7 @@ def test_a_checkpoint_that_is_something_else_or_damaged(run_dir, content):
         assert "\n" not in str(error.value) and "weights_only" not in str(error.value)
 
 
+@pytest.mark.slow
 def test_one_wrong_byte_in_a_checkpoint_is_noticed(run_dir):
     file = run_dir / "checkpoint.pt"
     good, rng, refused = file.read_bytes(), np.random.default_rng(0), 0
@@ -428,6 +438,7 @@ def test_one_wrong_byte_in_a_checkpoint_is_noticed(run_dir):
     assert refused >= 15
 
 
+@pytest.mark.slow
 def test_a_policy_of_nan_is_refused(run_dir):
     saved = torch.load(run_dir / "checkpoint.pt", weights_only=True)
     saved["agent"]["actor.net.0.weight"][0, 0, 0] = float("nan")
@@ -436,6 +447,7 @@ def test_a_policy_of_nan_is_refused(run_dir):
         dtql.load_policy(str(run_dir / "checkpoint.pt"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("module", [module for module in METHODS if module is not dtql], ids=lambda module: module.__name__)
 def test_the_runs_of_other_scripts_are_refused(run_dir, module):
     with pytest.raises(UserError, match="written by dtql_continuous.py"):
@@ -444,6 +456,7 @@ def test_the_runs_of_other_scripts_are_refused(run_dir, module):
         run_here(module, "--resume", run_dir)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", [dict(format=2), dict(format=None), None])
 def test_another_versions_folder_is_refused(run_dir, change):
     config = json.loads((run_dir / "config.json").read_text())
@@ -453,6 +466,7 @@ def test_another_versions_folder_is_refused(run_dir, change):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.slow
 def test_resume_of_nothing_starts_no_new_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert_one_line(run_script("--resume", ""), "is not a run")
@@ -462,6 +476,7 @@ def test_resume_of_nothing_starts_no_new_run(tmp_path, monkeypatch):
 # ---- two processes, disks, signals -------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_second_process_in_a_folder_is_refused(hopper, tmp_path):
     process = start(*SMALL, "--epochs=500", "--run-dir", tmp_path / "runs")
     try:
@@ -480,6 +495,7 @@ def test_the_second_process_in_a_folder_is_refused(hopper, tmp_path):
         process.kill()
 
 
+@pytest.mark.slow
 def test_a_disk_that_is_full_at_the_start_leaves_no_folder(hopper, tmp_path):
     limited = (
         "import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000)); "
@@ -509,6 +525,7 @@ def test_a_disk_that_fills_up_in_mid_run(hopper, tmp_path):
     assert_same_end(whole, run_dir)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("script", "flag"), [("dtql_continuous.py", "--run-dir"), ("toy_bandit.py", "--out-dir"), ("tools.speed", "--csv")]
 )
@@ -543,7 +560,9 @@ def assert_nothing_left(process: subprocess.Popen) -> None:
 WITH_WORKERS = """
 import sys, common, evaluation
 workers = evaluation.LockstepEnvs.__init__
-evaluation.LockstepEnvs.__init__ = lambda self, make_env, seeds, num_workers=None: workers(self, make_env, seeds, 2 if num_workers is None else num_workers)
+def two_workers(self, make_env, seeds, num_workers=None):
+    workers(self, make_env, seeds, 2 if num_workers is None else num_workers)
+evaluation.LockstepEnvs.__init__ = two_workers
 import dtql_continuous as dtql
 step, told = evaluation.LockstepEnvs.step, []
 def spy(self, *args):
@@ -571,6 +590,7 @@ def evaluating(tmp_path: Path) -> subprocess.Popen:
     raise AssertionError(process.stderr.read())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_to_the_whole_group_during_evaluation(hopper, tmp_path, number):
     process = evaluating(tmp_path)
@@ -581,6 +601,7 @@ def test_a_signal_to_the_whole_group_during_evaluation(hopper, tmp_path, number)
     assert_nothing_left(process)
 
 
+@pytest.mark.slow
 def test_a_killed_evaluation_worker_is_one_line(hopper, tmp_path):
     process = evaluating(tmp_path)
     os.kill(children(process)[0], signal.SIGKILL)
@@ -589,6 +610,7 @@ def test_a_killed_evaluation_worker_is_one_line(hopper, tmp_path):
     assert_nothing_left(process)
 
 
+@pytest.mark.slow
 def test_a_sigkill_leaves_no_workers(hopper, tmp_path):
     process = evaluating(tmp_path)
     process.kill()
@@ -605,6 +627,7 @@ def started_bandits(tmp_path):
     return process
 
 
+@pytest.mark.slow
 def test_bandits_leave_no_workers(tmp_path):
     for stop in (
         lambda process: os.killpg(process.pid, signal.SIGINT),
@@ -621,6 +644,7 @@ def test_bandits_leave_no_workers(tmp_path):
 # ---- bad input: one line, exit status 2, nothing left behind -------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -655,6 +679,7 @@ def test_bad_input_is_one_line_and_exit_status_2(hopper, tmp_path, monkeypatch, 
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.slow
 def test_help_shows_the_values_of_the_task():
     result = run_script("--env-id", "pen-human-v1", "--help")
     assert result.returncode == 0
@@ -676,6 +701,7 @@ def test_table_4_and_other_defaults():
     assert dtql.task_defaults("D4RL/pen/human-v2")["alpha"] == 1500
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("script", "flags"),
     [
@@ -706,6 +732,7 @@ def test_time_stamps_are_seeds(hopper, tmp_path, seed):
     assert [row["seed"] for row in result["rows"]] == [seed, seed + 1]
 
 
+@pytest.mark.slow
 def test_an_ascii_terminal(hopper, tmp_path):
     result = run_script(*SMALL, "--run-dir", tmp_path / "runs", PYTHONIOENCODING="ascii", LC_ALL="C", PYTHONUTF8="0")
     assert result.returncode == 0, result.stderr

@@ -12,6 +12,8 @@ from helpers import ROOT
 import toy_bandit
 from toy_bandit import GRID, PROBLEMS
 
+pytestmark = pytest.mark.slow
+
 
 def test_data_and_rewards():
     torch.manual_seed(0)

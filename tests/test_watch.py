@@ -7,10 +7,12 @@ import pytest
 from helpers import make_args, run_script, write_d4rl
 from PIL import Image
 
-from tasks import d4rl
 import dtql_continuous as dtql
-from tools import watch
 from common import UserError
+from tasks import d4rl
+from tools import watch
+
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(autouse=True)

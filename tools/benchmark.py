@@ -2,7 +2,7 @@
 
     python -m tools.benchmark                                       three mazes that collect their own data, every method, 3 seeds
     python -m tools.benchmark --tasks paper --methods dtql_continuous --num-seeds 5 --gpus-per-run 0.5        Table 1
-    python -m tools.benchmark --tasks gym --out-dir no_nll -- --no-nll --epochs 100                             flags for the scripts
+    python -m tools.benchmark --tasks gym --out-dir no_nll -- --no-nll --epochs 100                    flags for the scripts
     python -m tools.benchmark --address auto ...                    on the Ray cluster that this machine belongs to
     python -m tools.benchmark --out-dir bench --report-only         the report of what is there, finished or not
 

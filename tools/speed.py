@@ -361,7 +361,9 @@ def make_agent(method: str, data: Transitions | None, args: Args, device: torch.
     module = import_method(method)
     defaults = module.task_defaults(ENV_ID) | settings
     own = module.Args(env_id=ENV_ID, cuda=args.cuda, cudagraphs=args.cuda, compile=True, **defaults)
-    (cls,) = (cls for cls in vars(module).values() if isinstance(cls, type) and hasattr(cls, "update") and issubclass(cls, nn.Module))
+    (cls,) = (
+        cls for cls in vars(module).values() if isinstance(cls, type) and hasattr(cls, "update") and issubclass(cls, nn.Module)
+    )
     agent = cls(own, OBS_DIM, ACTION_DIM, device, data)
     if method == "fql":
         split_loss(agent)
