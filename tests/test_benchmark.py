@@ -180,7 +180,7 @@ def test_a_large_report_is_quick(tmp_path):
                 make_run(tmp_path, task, method, seed, scores=(10.0 * seed, 50.0), episodes=100)
     start = time.process_time()
     report.write_report(tmp_path)
-    assert time.process_time() - start < 20
+    assert time.process_time() - start < 40
 
 
 # ---- runs --------------------------------------------------------------------------------------------------------------
@@ -326,7 +326,7 @@ def test_a_diverged_run_is_a_row_with_its_last_score(hopper, tmp_path):
 def test_bad_input_is_not_tried_again_until_the_command_is(hopper, tmp_path):
     args = benchmark.Args(("hopper-medium-v2",), ("bc",), num_seeds=1, out_dir=str(tmp_path / "bench"), gpus_per_run=0)
     (job,) = benchmark.make_jobs(args, ["--batch-size=-1"])
-    assert "--batch-size must lie in" in benchmark.run_job(job, 1)["status"] and not job.ended()
+    assert "--batch-size must be at least 1" in benchmark.run_job(job, 1)["status"] and not job.ended()
     (job,) = benchmark.make_jobs(args, ["--no-such-flag"])
     assert benchmark.run_job(job, 1)["status"] == "its flags are wrong: see log.txt"
     assert "no-such-flag" in (Path(job.folder) / "log.txt").read_text()
@@ -351,8 +351,8 @@ def test_commands_for_other_schedulers(tmp_path):
         (("--tasks", "pointmazes"), "groups are"),
         (("--gpus-per-run", "2"), "no machine here has more than 0 GPUs"),
         (("--cpus-per-run", "1000"), "--cpus-per-run 1000: no machine here has more than"),
-        (("--num-seeds", "0"), "--num-seeds must lie in"),
-        (("--gpus-per-run", "-1"), "--gpus-per-run must lie in"),
+        (("--num-seeds", "0"), "--num-seeds must be at least 1"),
+        (("--gpus-per-run", "-1"), "--gpus-per-run must be at least 0"),
         (("--out-dir", "/proc/nowhere"), "--out-dir"),
         (("--report-only", "--out-dir", "/nonexistent"), "there is no such folder"),
         (("--", "--seed", "3"), "--seed cannot be passed on"),
@@ -398,7 +398,7 @@ def test_scripts_run_without_ray(hopper, tmp_path):
     environment = dict(PYTHONPATH=str(tmp_path))
     assert run_script(*flags, script="bc.py", **environment).returncode == 0
     result = run_script("--tasks", "hopper-medium-v2", "--out-dir", tmp_path / "b", script="tools.benchmark", **environment)
-    assert result.returncode == 2 and "needs ray" in result.stderr
+    assert result.returncode == 2 and "needs Ray" in result.stderr
 
 
 def test_the_default_suite_is_the_three_mazes():

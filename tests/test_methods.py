@@ -217,7 +217,8 @@ def test_help_shows_the_tasks_values_and_bad_flags_are_one_line(module):
 
 
 HACK = [  # a flag, a loss term that draws noise and uses dropout, and a print
-    ("    num_candidates: int = 1024\n", '    bonus: float = 0.1\n    """weight of the entropy"""\n    num_candidates: int = 1024\n'),
+    ("    num_candidates: int = 1024\n",
+     '    bonus: float = 0.1\n    """weight of the entropy"""\n    num_candidates: int = 1024\n'),
     ("            actions = torch.tanh(mean + torch.exp(log_std) * z)\n",
      "            actions = torch.tanh(mean + torch.exp(log_std) * torch.randn_like(z))\n            print(end='')\n"),
     ("        if self.args.nll:\n",

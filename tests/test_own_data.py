@@ -226,7 +226,8 @@ class Wrong(gym.Env):
 @pytest.mark.parametrize(
     ("what", "message"),
     [("shape", r"of shape \(1,\), not \(3,\)"), ("exit", "SystemExit"),
-     ("error", "ZeroDivisionError: by zero.*test_own_data.py:"), ("nan", "NaN"), ("reward", "not one finite number"), ("old", "ValueError")],
+     ("error", "ZeroDivisionError: by zero.*test_own_data.py:"), ("nan", "NaN"), ("reward", "not one finite number"),
+     ("old", "ValueError")],
 )  # fmt: skip
 def test_an_environment_that_is_wrong_is_found_before_training(tmp_path, what, message):
     gym.register("Wrong-v0", lambda: Wrong(what), disable_env_checker=True, order_enforce=False)
