@@ -52,7 +52,7 @@ def test_without_a_renderer_one_line_says_what_to_install(run_dir, tmp_path):
 def test_the_ways_through_a_maze(tmp_path, monkeypatch):
     """Walls where the maze has them, ways that begin at the start, and whoever is rewarded has reached the goal."""
     monkeypatch.setenv("D4RL_DATASET_DIR", str(tmp_path / "data"))
-    write_d4rl(tmp_path / "data" / d4rl.TASKS["antmaze-umaze-v2"].file, obs_dim=29, action_dim=8)
+    write_d4rl(tmp_path / "data" / d4rl.TASKS["antmaze-umaze-v2"].file, obs_dim=29, action_dim=8, rewards=np.zeros(600))
     args = make_args(tmp_path, env_id="antmaze-umaze-v2", epochs=0, pretrain_epochs=0, eval_episodes=1)
     run = dtql.main(args)["run_dir"]
     (file,) = watch.main(watch.Args(run, episodes=0, paths=2, out=str(tmp_path)))

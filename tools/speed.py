@@ -362,7 +362,7 @@ def make_agent(method: str, data: Transitions | None, args: Args, device: torch.
     defaults = module.task_defaults(ENV_ID) | settings
     own = module.Args(env_id=ENV_ID, cuda=args.cuda, cudagraphs=args.cuda, compile=True, **defaults)
     (cls,) = (
-        cls for cls in vars(module).values() if isinstance(cls, type) and hasattr(cls, "update") and issubclass(cls, nn.Module)
+        cls for cls in vars(module).values() if isinstance(cls, type) and hasattr(cls, "sample") and issubclass(cls, nn.Module)
     )
     agent = cls(own, OBS_DIM, ACTION_DIM, device, data)
     if method == "fql":
