@@ -141,8 +141,8 @@ def make_step(
 
     def step(*inputs: Any) -> Metrics:
         gradients, metrics = gradient(*inputs)
-        for param, param.grad in zip(params, gradients, strict=True):
-            pass
+        for param, grad in zip(params, gradients, strict=True):
+            param.grad = grad
         optimizer.step()
         return metrics
 

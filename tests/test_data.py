@@ -510,7 +510,7 @@ def test_demo_data(monkeypatch, tmp_path):
     shorten(monkeypatch, 3000)
     task = load_task(common.Args.env_id)
     assert task.sparse_goal and len(task.obs) >= 3000 and np.abs(task.actions).max() <= 1
-    assert names(tmp_path) == ["pointmaze-umaze.npz"] or names(tmp_path) == ["pointmaze-umaze-v0.npz"]  # no leftovers
+    assert names(tmp_path) == ["pointmaze-umaze-v0.npz"]  # no leftovers
     assert task.score(np.array([1.0])) == 100
     env = task.make_env()
     for seed in range(5):
