@@ -29,6 +29,7 @@ import stacked
 import tasks
 from best_of import BestOf
 from common import check
+from run_folder import Run
 from stacked import Batch, Linear, Metrics, Mish, Transitions
 
 
@@ -265,7 +266,7 @@ def main(args: Args) -> dict[str, Any]:
     agent.obs_std *= torch.as_tensor(std, device=device)
     fastest = functools.cache(lambda: stacked.fastest(agent.update, agent, args.compile, args.cudagraphs and args.cuda))
 
-    with common.Run(__file__, args, task, envs, agent) as run:
+    with Run(__file__, args, task, envs, agent) as run:
         while True:
             if run.evaluation_due():
                 run.evaluate(agent.act)

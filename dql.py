@@ -33,6 +33,7 @@ import stacked
 import tasks
 from best_of import BestOf, repeat_states
 from common import check
+from run_folder import Run
 from stacked import Batch, Linear, Metrics, Mish, Transitions
 from tasks import Task
 
@@ -305,7 +306,7 @@ def main(args: Args) -> dict[str, Any]:
     agent = DQL(args, task.obs.shape[1], task.actions.shape[1], device, data)
     fastest = functools.cache(lambda: stacked.fastest(agent.update, agent, args.compile, args.cudagraphs and args.cuda))
 
-    with common.Run(__file__, args, task, envs, agent) as run:
+    with Run(__file__, args, task, envs, agent) as run:
         while True:
             if run.evaluation_due():
                 run.evaluate(agent.act)

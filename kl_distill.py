@@ -27,6 +27,7 @@ import stacked
 import tasks
 from best_of import BestOf, repeat_states
 from common import check
+from run_folder import Run
 from stacked import Batch, LayerNorm, Linear, Metrics, Mish, Transitions
 
 
@@ -375,7 +376,7 @@ def main(args: Args) -> dict[str, Any]:
         )
     )
 
-    with common.Run(__file__, args, task, envs, agent) as run:
+    with Run(__file__, args, task, envs, agent) as run:
         while True:
             if run.evaluation_due():
                 run.evaluate(agent.act)

@@ -34,6 +34,7 @@ import stacked
 import tasks
 from best_of import BestOf
 from common import check
+from run_folder import Run
 from stacked import Batch, LayerNorm, Linear, Metrics, Mish, Transitions
 from tasks import Task, return_range
 
@@ -378,7 +379,7 @@ def main(args: Args) -> dict[str, Any]:
         lambda phase: stacked.fastest(agent.phases[phase][0], agent, args.compile, args.cudagraphs and args.cuda)
     )
 
-    with common.Run(__file__, args, task, envs, agent) as run:
+    with Run(__file__, args, task, envs, agent) as run:
         while True:
             if run.evaluation_due():
                 run.evaluate(agent.act)

@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import common  # noqa: E402
 import dtql_continuous as dtql  # noqa: E402
 import evaluation  # noqa: E402
+import run_folder  # noqa: E402
 import stacked  # noqa: E402
 import tasks  # noqa: E402
 
@@ -33,7 +34,7 @@ def evaluate(run_dir: str) -> list[dict[str, float | str]]:
         for number in common.progress_bar(iterable=CANDIDATES, desc=args.env_id, unit="evaluation"):
             agent = dtql.DTQL(replace(args, num_candidates=number), saved["obs_dim"], len(saved["action_low"]), device)
             stacked.load_state(agent, saved["agent"])
-            _, scores, lengths, seconds = common.evaluate(task, envs, agent.act, args, args.epochs, device)
+            _, scores, lengths, seconds = run_folder.evaluate(task, envs, agent.act, args, args.epochs, device)
             for seed, own, steps in zip(args.model_seeds, scores, lengths):
                 row = dict(task=args.env_id, seed=seed, candidates=number, score=own.mean(), std=own.std())
                 rows.append(row | dict(length=steps.mean(), episodes=len(own), seconds=round(seconds, 1)))

@@ -19,6 +19,7 @@ from torch import Tensor
 
 import common
 import dtql_continuous as dtql
+import run_folder
 import stacked
 import tasks
 from tasks import Task
@@ -205,16 +206,16 @@ def assert_same_end(one: str | Path, other: str | Path) -> None:
 def whole_and_resumed(tmp_path: Path, monkeypatch, resume, **settings) -> tuple[str, str]:
     """The folders of a run of 60 updates and of one that was stopped after 33 and gone on with by resume(its folder)."""
     whole = dtql.main(make_args(tmp_path, **settings))["run_dir"]
-    count, advance = [], common.Run.advance
+    count, advance = [], run_folder.Run.advance
 
-    def stop_in_training(run: common.Run, metrics: dict[str, Tensor]) -> None:
+    def stop_in_training(run: run_folder.Run, metrics: dict[str, Tensor]) -> None:
         count.append(run)
         if len(count) == 33:
             common.request_stop(15)
         advance(run, metrics)
 
     with monkeypatch.context() as patch:
-        patch.setattr(common.Run, "advance", stop_in_training)
+        patch.setattr(run_folder.Run, "advance", stop_in_training)
         with pytest.raises(common.Interrupted):
             dtql.main(make_args(tmp_path, **settings))
     resume(str(count[0].dir))

@@ -17,6 +17,7 @@ from helpers import FLAGS, ROOT, command, make_args, params_of, run_here, run_sc
 
 import bc
 import common
+import run_folder
 import tasks
 from tools import benchmark, report
 
@@ -83,7 +84,7 @@ def make_run(
     row = dict(return_mean=0, return_std=0, score_std=1, length_mean=5, train_seconds=60, eval_seconds=7, episodes=episodes)
     seeds = range(seed, seed + num_seeds)
     rows = [dict(row, epoch=10 * (i + 1), seed=one, score_mean=score + one) for i, score in enumerate(scores) for one in seeds]
-    (run_dir / "eval.csv").write_bytes(common.to_csv(common.EVAL_FIELDS, rows))
+    (run_dir / "eval.csv").write_bytes(common.to_csv(run_folder.EVAL_FIELDS, rows))
     each = [
         {
             "epoch": row["epoch"],
@@ -96,7 +97,7 @@ def make_run(
         for row in rows
         for i in range(episodes)
     ]
-    (run_dir / "episodes.csv").write_bytes(common.to_csv(common.EPISODE_FIELDS, each))
+    (run_dir / "episodes.csv").write_bytes(common.to_csv(run_folder.EPISODE_FIELDS, each))
     return run_dir
 
 

@@ -38,6 +38,7 @@ import common
 import dtql_continuous as dtql
 import evaluation
 import kl_distill
+import run_folder
 from common import UserError
 from tasks import d4rl
 from tools import report
@@ -70,9 +71,9 @@ def test_a_run_leaves_a_whole_folder(hopper, tmp_path):
     assert datetime.timedelta() <= datetime.datetime.now(datetime.UTC) - started < datetime.timedelta(minutes=5)
     assert config["data"]["origin"] == str(hopper) and config["versions"]["torch"] == torch.__version__
     rows = rows_of(run_dir)
-    assert tuple(rows[0]) == common.EVAL_FIELDS
+    assert tuple(rows[0]) == run_folder.EVAL_FIELDS
     episodes = rows_of(run_dir, "episodes.csv")
-    assert tuple(episodes[0]) == common.EPISODE_FIELDS and len(episodes) == 2 * 3 * 2
+    assert tuple(episodes[0]) == run_folder.EPISODE_FIELDS and len(episodes) == 2 * 3 * 2
     for row in rows:
         own = [episode for episode in episodes if (episode["epoch"], episode["seed"]) == (row["epoch"], row["seed"])]
         assert [episode["episode"] for episode in own] == ["0", "1"]
@@ -171,9 +172,9 @@ def test_a_second_signal_stops_at_once_and_saves_nothing_half_done(hopper, tmp_p
                 signal.raise_signal(signal.SIGINT)
         polyak_update(*inputs)
 
-    advance = common.Run.advance
+    advance = run_folder.Run.advance
     with monkeypatch.context() as patch, pytest.raises(common.Interrupted):
-        patch.setattr(common.Run, "advance", lambda run, metrics: (runs.append(run), advance(run, metrics)))
+        patch.setattr(run_folder.Run, "advance", lambda run, metrics: (runs.append(run), advance(run, metrics)))
         patch.setattr(dtql.stacked, "polyak_update", interrupted)
         dtql.main(make_args(tmp_path, epochs=3))
     assert common.open_checkpoint(runs[0].dir / "checkpoint.pt")["step"] < 30
@@ -414,7 +415,7 @@ def test_a_checkpoint_that_is_something_else_or_damaged(run_dir, content):
     elif isinstance(content, bytes):
         file.write_bytes(content)
     else:
-        torch.save({"module": common.Run} if content == "pickle" else content, file)
+        torch.save({"module": run_folder.Run} if content == "pickle" else content, file)
     for attempt in (lambda: run_here(dtql, "--resume", run_dir), lambda: dtql.load_policy(str(file))):
         with pytest.raises(UserError, match="checkpoint") as error:
             attempt()
