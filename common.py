@@ -13,7 +13,7 @@ import signal
 import sys
 import typing
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -93,6 +93,8 @@ class Args:
     """training epochs between evaluations; the last epoch is always evaluated"""
     eval_episodes: int = 20
     """episodes per evaluation and model"""
+    max_episode_steps: int | None = None
+    """cut an evaluation's episodes after so many steps; default: as the environment does"""
 
     sweep: typing.ClassVar[tuple[str, ...]] = ()  # arguments that accept several values, each of which is trained
 
@@ -105,6 +107,7 @@ class Args:
         """Raise UserError for invalid settings. Scripts extend it."""
         for name in ("num_seeds", "batch_size", "steps_per_epoch", "eval_every", "eval_episodes"):
             check(1 <= getattr(self, name) <= 1e9, f"--{name.replace('_', '-')} must be at least 1, not {getattr(self, name)}")
+        check(self.max_episode_steps is None or self.max_episode_steps >= 1, "--max-episode-steps must be at least 1")
         check(0 <= self.epochs <= 1e9, f"--epochs must not be negative, not {self.epochs}")
         check(0 <= self.seed < 2**63 - self.num_seeds, f"--seed must lie in [0, 2^63 - --num-seeds), not {self.seed}")
         for name in self.sweep:
@@ -228,6 +231,20 @@ def stop_now(number: int, frame: Any = None) -> None:
     raise Interrupted(number)
 
 
+@contextlib.contextmanager
+def signals_held() -> Iterator[None]:
+    """Within, SIGINT and SIGTERM wait for the next `check_stop`, so that libraries cannot swallow them."""
+    global stop_signal
+    stop_signal = 0
+    before = {number: signal.signal(number, request_stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        stop_signal = 0
+
+
 def check_stop() -> None:
     """Raise Interrupted if a signal has arrived. Call it only where the state is consistent."""
     if stop_signal:
@@ -241,8 +258,16 @@ def find_device(args: Any) -> torch.device:
     """The device to train on. Raises UserError if a GPU is requested and there is none."""
     for flag in ("cuda", "cudagraphs"):
         usable = not getattr(args, flag, False) or torch.cuda.is_available()
-        check(usable, f"--{flag}: PyTorch finds no usable GPU here; train on the CPU with --no-{flag}")
+        check(usable, f"--{flag}: PyTorch finds no usable GPU here{driver_note()}; train on the CPU with --no-{flag}")
     return torch.device("cuda" if args.cuda else "cpu")
+
+
+def driver_note() -> str:
+    """A warning where there is an NVIDIA driver that this PyTorch cannot use."""
+    if not Path("/proc/driver/nvidia/version").exists():
+        return ""
+    needs = f"one for CUDA {torch.version.cuda}" if torch.version.cuda else "none: it is built for CPUs"
+    return f", though an NVIDIA driver is installed; PyTorch {torch.__version__} needs {needs}"
 
 
 def device_name(device: torch.device) -> str:

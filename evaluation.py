@@ -1,18 +1,21 @@
 """Evaluate K models: environments that step in lock-step, in worker processes if there are cores for them."""
 
+import contextlib
 import multiprocessing
 import os
 import signal
 import sys
+import threading
 import traceback
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import gymnasium as gym
 import numpy as np
 from tqdm import tqdm
 
+REPORT_EVERY = 30.0  # s, in an evaluation
 MAX_COPIES = 64  # enough to keep a GPU and its cores busy; of the heaviest task (kitchen) they take 4 GiB
 
 
@@ -74,10 +77,17 @@ def _call(shard: _Shard, method: str, *args: Any) -> Any:
         raise EnvironmentFailure(f"the environment failed in {method}: {text} ({frame.filename}:{frame.lineno})") from error
 
 
+def _end_with_parent() -> None:
+    """End this worker when the main process ends, even while a step hangs."""
+    multiprocessing.parent_process().join()
+    os._exit(1)
+
+
 def _serve(pipe: Any, inherited: list[Any], make_env: Callable[[], gym.Env], seeds: Sequence[int]) -> None:
     """A worker process: a `_Shard` behind a pipe, until the pipe closes."""
     for other in inherited:  # so that the pipes close with the main process, even if it is killed
         other.close()
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     for number in (signal.SIGINT, signal.SIGTERM):  # terminals and schedulers signal every process; the main one decides
         signal.signal(number, signal.SIG_IGN)
     try:
@@ -177,6 +187,22 @@ def episode_seeds(seeds: Sequence[int], epoch: int, num_episodes: int) -> np.nda
     return np.array([np.random.SeedSequence([seed, epoch]).generate_state(num_episodes) for seed in seeds])
 
 
+@contextlib.contextmanager
+def reported(state: Callable[[], str]) -> Iterator[None]:
+    """Within, print a line every 30 s, also while a step of the environment hangs."""
+    ended = threading.Event()
+
+    def report() -> None:
+        while not ended.wait(REPORT_EVERY):
+            tqdm.write(state(), file=sys.stderr)
+
+    threading.Thread(target=report, daemon=True).start()
+    try:
+        yield
+    finally:
+        ended.set()
+
+
 def run_episodes(envs: LockstepEnvs, act: Callable[[np.ndarray], np.ndarray], seeds: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Run one episode for every model and seed, in lock-step; every episode that starts counts once.
 
@@ -194,7 +220,11 @@ def run_episodes(envs: LockstepEnvs, act: Callable[[np.ndarray], np.ndarray], se
     running = episode.copy()
     obs = envs.reset(running, queue[episode])
     returns, lengths = np.zeros(len(queue)), np.zeros(len(queue), int)
-    with tqdm(total=len(queue), unit="episode", desc="evaluating", leave=False, mininterval=1) as progress:
+    progress = tqdm(total=len(queue), unit="episode", desc="evaluating", leave=False, mininterval=1)
+    with (
+        progress,
+        reported(lambda: f"evaluating: {progress.n} of {len(queue)} episodes ended, {lengths.sum():,} steps"),
+    ):
         while len(running):
             # Pack the observations into a rectangle (K, m, S); a model with fewer running episodes has unused rows
             model = episode[running] % num_models

@@ -108,7 +108,8 @@ def task_defaults(env_id: str) -> dict[str, Any]:
 def make_data(task: Task, args: Args, device: torch.device) -> Transitions:
     """The data on `device`, in sparse mazes with rewards r - 1."""
     rewards = task.rewards - 1 if task.sparse_goal else task.rewards
-    return Transitions(task.obs, task.actions, rewards, task.terminals, task.next_obs, device)
+    actions = task.actions.clip(-1 + 1e-5, 1 - 1e-5)
+    return Transitions(task.obs, actions, rewards, task.terminals, task.next_obs, device)
 
 
 # ---- networks, written for one model -------------------------------------------------------------------------------------
@@ -241,8 +242,9 @@ class FQL(nn.Module):
         batch = self.data.sample(*shape)
         noise = torch.randn(shape[0], 3, shape[1], self.action_dim, device=self.device)
         time = torch.rand(*shape, 1, device=self.device)
+        before = copy.deepcopy(self.critic)
         metrics = self.step(batch, noise, time)
-        stacked.polyak_update(self.target_critic, self.critic, args.tau)
+        stacked.polyak_update(self.target_critic, before, args.tau)  # as the authors: toward the Qs of before the step
         return metrics
 
     def sample(self, obs: Tensor, z: Tensor) -> Tensor:

@@ -8,7 +8,6 @@ import io
 import json
 import platform
 import shutil
-import signal
 import sys
 import threading
 import time
@@ -30,7 +29,7 @@ LOG_EVERY = 100  # updates between readings of the losses, which make the host w
 EVAL_FIELDS = ("epoch", "seed", "return_mean", "return_std", "score_mean", "score_std", "length_mean", "episodes",
                "train_seconds", "eval_seconds")  # fmt: skip
 EPISODE_FIELDS = ("epoch", "seed", "episode", "return", "score", "length")
-HARDWARE = ("resume", "run_dir", "cuda", "compile", "cudagraphs")  # what may change when a run is resumed
+MAY_CHANGE = ("resume", "run_dir", "cuda", "compile", "cudagraphs", "data")  # when a run is resumed; data may have moved
 
 
 def evaluate(
@@ -75,27 +74,31 @@ class Run:
             config = common.read_config(args.resume)
             self._lock()
             self._resume(config, data)
+            self._keep_edited(Path(script))
         else:
             self.dir = _create_run_dir(args, self.exp_name)
             try:
                 self._lock()
-                self._begin(script, data)
+                self._begin(Path(script), data)
             except BaseException:
                 shutil.rmtree(self.dir, ignore_errors=True)
                 raise
         if not args.cuda and not torch.cuda.is_available():
-            print("no GPU found: training on the CPU", file=sys.stderr)
+            print(f"no usable GPU found{common.driver_note()}: training on the CPU", file=sys.stderr)
         print(f"{self.dir}: {args.num_models} model(s), {len(task.obs):,} transitions from {task.origin}, on {self.device}")
 
-    def _begin(self, script: str, data: dict[str, Any]) -> None:
+    def _begin(self, script: Path, data: dict[str, Any]) -> None:
         versions = {"python": platform.python_version()}
         for package in ("torch", "numpy", "gymnasium", "gymnasium-robotics", "mujoco", "minari", "ogbench"):
             with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # ogbench is optional
                 versions[package] = importlib.metadata.version(package)
         started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-        config = {"format": common.FORMAT, "exp_name": self.exp_name, "args": dataclasses.asdict(self.args), "data": data,
+        settings = dataclasses.asdict(self.args)
+        if self.args.data is not None:  # the run may be resumed from another folder
+            settings["data"] = str(Path(self.args.data).absolute())
+        config = {"format": common.FORMAT, "exp_name": self.exp_name, "args": settings, "data": data,
                   "device": common.device_name(self.device), "started": started, "versions": versions}  # fmt: skip
-        write_atomically(self.dir / Path(script).name, Path(script).read_bytes())
+        write_atomically(self.dir / script.name, script.read_bytes())
         write_atomically(self.dir / "config.json", json.dumps(config, indent=2).encode())
         self.save()
 
@@ -106,7 +109,7 @@ class Run:
         )
         before = common.saved_settings(type(self.args), config["args"], place)
         for name, value in dataclasses.asdict(self.args).items():
-            same = name in HARDWARE or before[name] == value
+            same = name in MAY_CHANGE or before[name] == value
             check(same, f"{place}: that run has {name} = {before[name]}, not {value}; leave the flag out")
         same = config["data"]["fingerprint"] == data["fingerprint"]
         check(same, f"{place}: {data['origin']} is not the data that the run began with; restore it")
@@ -125,6 +128,14 @@ class Run:
         if self.rows:
             self._write_tables()
 
+    def _keep_edited(self, script: Path) -> None:
+        """Keep a script that was edited since the run began beside the one that it began with."""
+        copies = sorted(self.dir.glob(f"{script.stem}*.py"), key=lambda copy: copy.stat().st_mtime)
+        if not any(copy.read_bytes() == script.read_bytes() for copy in copies[-1:]):
+            copy = self.dir / f"{script.stem}_from_update_{self.step}.py"
+            write_atomically(copy, script.read_bytes())
+            print(f"note: {script.name} was edited since this run began; from here on it is {copy.name}", file=sys.stderr)
+
     def _lock(self) -> None:
         """Raise InUse if another process writes here. The lock ends with this process, however that ends."""
         self.lock = filelock.FileLock(self.dir / ".lock")
@@ -138,8 +149,8 @@ class Run:
             raise Unwritable(f"cannot write to {self.dir} ({error.strerror}): free some space or check permissions") from None
 
     def __enter__(self) -> "Run":
-        common.stop_signal = 0
-        self.handlers = {number: signal.signal(number, common.request_stop) for number in (signal.SIGINT, signal.SIGTERM)}
+        self.signals = common.signals_held()
+        self.signals.__enter__()
         self.excepthook, threading.excepthook = threading.excepthook, self._on_thread_error
         # A killed run may have logged beyond its last checkpoint: those events are dropped
         self.writer = SummaryWriter(str(self.dir), purge_step=self.step + 1 if self.step else None)
@@ -151,9 +162,8 @@ class Run:
         self.progress.close()
         with contextlib.suppress(OSError):  # a full disk, which a checkpoint has reported by now
             self.writer.close()
-        for number, handler in self.handlers.items():
-            signal.signal(number, handler)
-        threading.excepthook, common.stop_signal = self.excepthook, 0
+        self.signals.__exit__(None, None, None)
+        threading.excepthook = self.excepthook
         resume = f"continue with --resume {self.dir}"
         try:
             if isinstance(error, Interrupted) and error.consistent:

@@ -2,7 +2,9 @@
 your own, and mazes that collect their own data."""
 
 import difflib
+import functools
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import gymnasium as gym
@@ -31,8 +33,14 @@ def load_task(args: Args) -> Task:
         check(not bounds, f"--action-low and --action-high belong to --data: {env_id} has its own bounds")
         kind = d4rl if env_id in d4rl.TASKS else ogbench if is_ogbench(env_id) else mazes if env_id in POINTMAZES else minari
         task = kind.load(env_id)
+    if args.max_episode_steps is not None and task.make_env is not None:
+        task = task._replace(make_env=functools.partial(_limited, task.make_env, args.max_episode_steps))
     with temporary_files_removed():
         return check_and_scale(task)
+
+
+def _limited(make_env: Callable[[], gym.Env], steps: int) -> gym.Env:
+    return gym.wrappers.TimeLimit(make_env(), steps)
 
 
 def check_id(env_id: str) -> None:

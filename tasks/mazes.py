@@ -7,7 +7,7 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 
-from common import UserError, line, progress_bar, write_atomically
+from common import UserError, check_stop, line, progress_bar, signals_held, write_atomically
 from tasks.download import folder
 from tasks.task import Task, check_env, read_columns, temporary_files_removed
 
@@ -59,7 +59,8 @@ def load(env_id: str) -> Task:
         if not file.exists():
             file.parent.mkdir(parents=True, exist_ok=True)
             content = io.BytesIO()
-            np.savez_compressed(content, **collect(env_id))
+            with signals_held():
+                np.savez_compressed(content, **collect(env_id))
             write_atomically(file, content.getvalue())
     except OSError as error:
         raise UserError(f"cannot write {file} ({line(error)}): set DTQL_DATASET_DIR") from None
@@ -92,6 +93,7 @@ def collect(env_id: str) -> dict[str, np.ndarray]:
                 action = (10 * (target - position) - velocity + 0.5 * rng.standard_normal(2)).clip(-1, 1).astype(np.float32)
                 next_obs, reward, terminated, truncated, _ = env.step(action)
                 steps.append((obs, action, reward, terminated, next_obs))
+                check_stop()
                 done, obs = terminated or truncated, next_obs
                 if np.linalg.norm(target - obs[4:6]) < 0.3:
                     path.pop(0)

@@ -114,7 +114,12 @@ def check_and_scale(task: Task) -> Task:
         check(bool(np.isin(task.rewards, (0, 1)).all()), f"{task.origin}: rewards must be 0 and 1 (at the goal) here; {question}")
     low, high = task.action_low, task.action_high
     if task.make_env is not None:
-        obs_dim, (low, high) = _try_env(task.make_env)
+        obs_dim, (low, high), limit = _try_env(task.make_env)
+        longest = int(np.diff(np.append(episode_starts(task), len(task.obs))).max())
+        if limit is None or limit > max(10_000, 10 * longest):
+            ends = "never cuts an episode" if limit is None else f"cuts episodes after {limit:,} steps"
+            advice = f"the data's longest has {longest:,}. Evaluations may take for ever: --max-episode-steps limits them"
+            print(f"note: the environment {ends}; {advice}", file=sys.stderr)
         fits = task.obs.shape[1] == obs_dim and task.actions.shape[1] == len(low)
         sizes = f"{task.obs.shape[1]} and actions of size {task.actions.shape[1]}, its environment {obs_dim} and {len(low)}"
         check(fits, f"{task.origin} has observations of size {sizes}: this is data of another task")
@@ -135,19 +140,20 @@ def check_and_scale(task: Task) -> Task:
     return task._replace(actions=scaled.clip(-1, 1).astype(np.float32), action_low=low, action_high=high)
 
 
-def _try_env(make_env: Callable[[], gym.Env]) -> tuple[int, tuple[np.ndarray, np.ndarray]]:
-    """Size of observations and bounds of actions, after one reset and one step, so that errors show before any training."""
+def _try_env(make_env: Callable[[], gym.Env]) -> tuple[int, tuple[np.ndarray, np.ndarray], int | None]:
+    """Size of observations, bounds of actions and steps per episode, after one step, so that errors show before any training."""
     try:
-        envs = evaluation.LockstepEnvs(make_env, [0], num_workers=1)
-        env, first = envs.local.envs[0], np.zeros(1, int)
-        space = env.action_space
-        envs.step(first, evaluation.to_env_units(np.zeros((1, *space.shape)), space.low, space.high))
-        envs.close()
+        with evaluation.reported(lambda: "waiting for the environment's first reset and step"):
+            envs = evaluation.LockstepEnvs(make_env, [0], num_workers=1)
+            env, first = envs.local.envs[0], np.zeros(1, int)
+            space = env.action_space
+            envs.step(first, evaluation.to_env_units(np.zeros((1, *space.shape)), space.low, space.high))
+            envs.close()
     except UserError:
         raise
     except Exception as error:
         raise UserError(f"the environment does not work: {line(error)[:400]}") from None
-    return env.observation_space.shape[0], (space.low, space.high)
+    return env.observation_space.shape[0], (space.low, space.high), env.spec and env.spec.max_episode_steps
 
 
 def check_env(env: gym.Env, name: str) -> gym.Env:
@@ -171,16 +177,16 @@ def temporary_files_removed() -> Iterator[None]:
             tempfile.tempdir = before
 
 
-def return_range(task: Task) -> float:
-    """Largest minus smallest undiscounted return of an episode in the data, as IQL counts episodes.
-
-    An episode ends at a terminal, where the next row does not begin at this row's next_obs (by more than 1e-6), and at the
-    last row. Raises UserError if all returns are equal.
-    """
+def episode_starts(task: Task) -> np.ndarray:
+    """The first row of each episode, as IQL counts them: after a terminal, and where a row does not begin at the next_obs of
+    the one before (by more than 1e-6)."""
     jumps = np.linalg.norm(task.obs[1:].astype(np.float64) - task.next_obs[:-1], axis=1) > 1e-6
-    ends = np.append((task.terminals[:-1] == 1) | jumps, True)
-    starts = np.concatenate(([0], np.flatnonzero(ends[:-1]) + 1))
-    returns = np.add.reduceat(task.rewards.astype(np.float64), starts)
+    return np.concatenate(([0], np.flatnonzero((task.terminals[:-1] == 1) | jumps) + 1))
+
+
+def return_range(task: Task) -> float:
+    """Largest minus smallest undiscounted return of an episode in the data. Raises UserError if all are equal."""
+    returns = np.add.reduceat(task.rewards.astype(np.float64), episode_starts(task))
     check(
         bool(np.ptp(returns) > 0),
         f"{task.origin}: all {len(returns)} episodes have the same return, but rewards are divided by the range of returns: "

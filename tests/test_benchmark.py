@@ -392,6 +392,13 @@ def test_a_folder_of_another_benchmark(hopper, tmp_path):
     benchmark.open_suite(args, ["--epochs", "2"])
 
 
+def test_two_benchmarks_in_a_folder(hopper, tmp_path, monkeypatch):
+    args = benchmark.Args(("hopper-medium-v2",), ("bc",), out_dir=str(tmp_path / "bench"))
+    monkeypatch.setattr(benchmark, "run_all", lambda *_: benchmark.main(args))  # the second begins while the first runs
+    with pytest.raises(common.UserError, match="another benchmark is running"):
+        benchmark.main(args)
+
+
 def test_scripts_run_without_ray(hopper, tmp_path):
     """A module that cannot be imported stands in for one that is not installed."""
     (tmp_path / "ray.py").write_text("raise ImportError('no ray')")

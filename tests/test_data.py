@@ -1,8 +1,10 @@
 """From files to transitions, downloads, Minari, and every kind of bad data."""
 
+import contextlib
 import http.server
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -517,6 +519,21 @@ def test_demo_data(monkeypatch, tmp_path):
         obs, _ = env.reset(seed=seed)
         assert np.linalg.norm(obs[:2] - obs[2:4]) > 1.2  # start and goal are two cells apart, walls between
     env.close()
+
+
+def test_a_signal_that_a_library_swallows_still_stops_the_collection(monkeypatch, tmp_path):
+    monkeypatch.setenv("DTQL_DATASET_DIR", str(tmp_path))
+    step = gym.wrappers.TimeLimit.step
+
+    def swallow(env, action):
+        with contextlib.suppress(BaseException):
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(env, action)
+
+    monkeypatch.setattr(gym.wrappers.TimeLimit, "step", swallow)
+    with pytest.raises(common.Interrupted):
+        load_task(common.Args.env_id)
+    assert names(tmp_path) == []
 
 
 def test_interrupted_collection_and_environments_leave_nothing(monkeypatch, tmp_path):

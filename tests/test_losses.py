@@ -498,6 +498,7 @@ def test_rewards_and_actions_are_transformed_as_each_method_does():
         np.testing.assert_allclose(rewards(module, "hopper-medium-v2"), [250, 1250, 750])
         np.testing.assert_allclose(rewards(module, "pen-human-v1"), [1, 5, 3])
         np.testing.assert_allclose(rewards(module, "antmaze-umaze-v0", sparse), [-1, 0, -1])
+    for module in (iql, idql, fql):
         clipped = module.make_data(task, module.Args(env_id="pen-human-v1"), device).rows[:, 1]
         np.testing.assert_allclose(clipped, [-1 + 1e-5, 1 - 1e-5, 0.5], rtol=1e-7)
     np.testing.assert_allclose(rewards(dql, "antmaze-umaze-v0", sparse), [-2, 2, -2])
@@ -505,6 +506,13 @@ def test_rewards_and_actions_are_transformed_as_each_method_does():
     np.testing.assert_allclose(rewards(dql, "hopper-medium-v2"), [1, 5, 3])
     np.testing.assert_allclose(rewards(srpo, "pen-human-v1"), [250, 1250, 750])
     np.testing.assert_allclose(rewards(fql, "antmaze-umaze-v0", sparse), [-1, 0, -1])
+
+
+def test_srpos_return_range_cuts_after_1000_rows():
+    rewards, terminals = np.arange(2500.0), np.arange(2500) == 99
+    task = make_task(np.arange(2500)[:, None], np.zeros((2500, 1)), rewards, terminals, np.arange(1, 2501)[:, None])
+    returns = [rewards[:100].sum(), rewards[100:1100].sum(), rewards[1100:2100].sum()]  # the last 400 rows do not count
+    assert srpo.return_range(task) == returns[2] - returns[0]
 
 
 # ---- the chain of DQL and IDQL -----------------------------------------------------------------------------------------
@@ -777,6 +785,17 @@ def test_fqls_losses_and_what_they_reach(settings):
         trained = [name for name, param in params.items() if param.requires_grad]
         gradients = torch.autograd.grad(part.sum(), [params[name] for name in trained], allow_unused=True)
         assert {name.split(".")[0] for name, gradient in zip(trained, gradients) if gradient is not None} == {network}
+
+
+def test_fqls_targets_follow_the_qs_from_before_the_step():
+    agent = make_agent(module=fql, tau=0.25)
+    agent.update()
+    before = snapshot(agent)
+    agent.update()
+    for name, param in agent.critic.named_parameters():
+        old, target = before[f"critic.{name}"], before[f"target_critic.{name}"]
+        assert not torch.equal(param, old)
+        torch.testing.assert_close(agent.target_critic.get_parameter(name).data, target.lerp(old, 0.25))
 
 
 # ---- SRPO --------------------------------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ import gymnasium as gym
 import h5py
 import numpy as np
 import pytest
-from helpers import FLAGS, load_task, make_args, run_script
+from helpers import FLAGS, load_task, make_args, run_here, run_script
 
 import dtql_continuous as dtql
 import evaluation
@@ -235,6 +235,30 @@ def test_an_environment_that_is_wrong_is_found_before_training(tmp_path, what, m
     with pytest.raises(UserError, match=message):
         dtql.main(make_args(tmp_path, env_id="Wrong-v0", data=file))
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("limit", [None, 10**6])
+def test_an_environment_that_hardly_ever_ends(tmp_path, capsys, limit):
+    gym.register("Endless-v0", lambda: Wrong("nothing"), max_episode_steps=limit, disable_env_checker=True)
+    settings = dict(env_id="Endless-v0", data=save(tmp_path / "a.npz", **columns()))
+    load_task(**settings)
+    assert f"note: the environment {'cuts' if limit else 'never cuts'}" in capsys.readouterr().err
+    env = load_task(**settings, max_episode_steps=7).make_env()
+    assert env.spec.max_episode_steps == 7 and "note:" not in capsys.readouterr().err
+
+
+def test_own_data_may_move(tmp_path, monkeypatch):
+    """A run resumes in another working folder, and with data that has moved; not with other data."""
+    save(tmp_path / "log.npz", **columns())
+    monkeypatch.chdir(tmp_path)
+    run_dir = dtql.main(make_args(tmp_path, env_id="", data="log.npz"))["run_dir"]
+    monkeypatch.chdir("/")
+    run_here(dtql, "--resume", run_dir)
+    (tmp_path / "log.npz").rename(tmp_path / "moved.npz")
+    run_here(dtql, "--resume", run_dir, "--data", tmp_path / "moved.npz")
+    save(tmp_path / "moved.npz", **columns(50))
+    with pytest.raises(UserError, match="not the data"):
+        run_here(dtql, "--resume", run_dir, "--data", tmp_path / "moved.npz")
 
 
 def test_bounds_without_data_are_refused(hopper, tmp_path):

@@ -133,6 +133,20 @@ def test_resume_after_an_end_is_a_no_op_and_conflicts_are_named(hopper, tmp_path
         dtql.main(replace(args, resume=run_dir))
 
 
+def test_both_versions_of_an_edited_script_are_kept(hopper, tmp_path, capsys):
+    run_dir = Path(dtql.main(make_args(tmp_path))["run_dir"])
+    assert "edited" not in capsys.readouterr().err
+    (run_dir / "dtql_continuous.py").write_text("# as it was when the run began\n")
+    for _ in range(2):  # the second resume has nothing new to keep
+        dtql.main(make_args(tmp_path, resume=str(run_dir)))
+    assert capsys.readouterr().err.count("was edited since this run began") == 1
+    kept = {file.name: file.read_text() for file in run_dir.glob("*.py")}
+    assert kept == {
+        "dtql_continuous.py": "# as it was when the run began\n",
+        "dtql_continuous_from_update_60.py": Path(dtql.__file__).read_text(),
+    }
+
+
 @pytest.mark.slow
 def test_resume_takes_its_settings_from_the_folder(hopper, tmp_path):
     run_dir = run_here(dtql, *SMALL, "--alpha=2.5", "--run-dir", tmp_path / "runs")
@@ -248,6 +262,24 @@ def test_every_episode_counts_once_however_short(workers, copies):
     np.testing.assert_array_equal(returns, expected)
     np.testing.assert_array_equal(lengths, expected)
     assert not any(process.is_alive() for process in envs.processes)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_long_evaluation_says_where_it_is(monkeypatch, capsys, workers):
+    monkeypatch.setattr(evaluation, "REPORT_EVERY", 0.1)
+    step = Countdown.step
+    monkeypatch.setattr(Countdown, "step", lambda env, action: (time.sleep(0.5), step(env, action))[1])
+    envs = evaluation.LockstepEnvs(Countdown, range(4), workers)
+    with pytest.raises(RuntimeError, match="enough"):
+
+        def act(obs):
+            if obs[..., 1].any():
+                raise RuntimeError("enough")
+            return obs.sum(-1, keepdims=True)
+
+        evaluation.run_episodes(envs, act, np.arange(4)[None])
+    envs.close()
+    assert "evaluating: 0 of 4 episodes ended, 0 steps" in capsys.readouterr().err
 
 
 def test_an_error_in_a_worker_arrives_with_its_line():
@@ -576,10 +608,15 @@ common.run(dtql.main, lambda: common.parse_args(dtql.Args, dtql.task_defaults, s
 """
 
 
-def evaluating(tmp_path: Path) -> subprocess.Popen:
-    """A run that has just begun a long evaluation in two worker processes."""
+def evaluating(tmp_path: Path, hangs: bool = False) -> subprocess.Popen:
+    """A run that has just begun a long evaluation in two worker processes, the steps of whose environments may hang."""
+    hang = (
+        "import time, evaluation as e\nshard_step = e._Shard.step\n"
+        "e._Shard.step = lambda shard, *_: time.sleep(999) if len(shard.envs) > 1 else shard_step(shard, *_)\n"
+    )
+    code = hang * hangs + WITH_WORKERS
     process = subprocess.Popen(
-        [sys.executable, "-c", WITH_WORKERS, *SMALL, "--epochs=1", "--eval-episodes=2000", "--run-dir", tmp_path / "runs"],
+        [sys.executable, "-c", code, *SMALL, "--epochs=1", "--eval-episodes=2000", "--run-dir", tmp_path / "runs"],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -613,8 +650,9 @@ def test_a_killed_evaluation_worker_is_one_line(hopper, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_sigkill_leaves_no_workers(hopper, tmp_path):
-    process = evaluating(tmp_path)
+@pytest.mark.parametrize("hangs", [False, True])
+def test_a_sigkill_leaves_no_workers(hopper, tmp_path, hangs):
+    process = evaluating(tmp_path, hangs)
     process.kill()
     process.wait()
     assert_nothing_left(process)

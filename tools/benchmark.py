@@ -25,6 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import filelock
 import torch
 from tqdm import tqdm
 
@@ -231,6 +232,7 @@ def start_ray(args: Args) -> Any:
             socket.create_connection((host, int(port)), timeout=10).close()
         except (OSError, ValueError) as error:
             raise UserError(f"--address {args.address}: no Ray cluster answers there ({common.line(error)})") from None
+        print(f"connecting to the Ray cluster at {args.address}; Ray gives up after some minutes", file=sys.stderr)
     # Nodes find the scripts and the data where this machine has them
     seen = {name: os.environ[name] for name in SHARED_VARIABLES if name in os.environ}
     settings: dict[str, Any] = {"runtime_env": {"env_vars": {**seen, "PYTHONPATH": str(ROOT)}}}
@@ -269,7 +271,8 @@ def run_all(args: Args, jobs: Sequence[Job]) -> list[str]:
     try:
         with tqdm(total=len(jobs), initial=len(jobs) - len(left), unit="run", desc="benchmark") as progress:
             while pending:
-                common.check_stop()
+                node = ray._private.worker._global_node  # without this, Ray waits for its own dead processes without a word
+                check(not (node and node.dead_processes()), "Ray's own processes have died: give the same command again")
                 done, _ = ray.wait(list(pending), timeout=1)
                 for reference in done:
                     job = pending.pop(reference)
@@ -322,7 +325,11 @@ def main(args: Args, flags: Sequence[str] = ()) -> Path | None:
     else:
         open_suite(args, flags)
         signal.signal(signal.SIGTERM, common.stop_now)
-        failures = run_all(args, jobs)
+        try:
+            with filelock.FileLock(Path(args.out_dir) / ".lock", timeout=0):
+                failures = run_all(args, jobs)
+        except filelock.Timeout:
+            raise UserError(f"--out-dir {args.out_dir}: another benchmark is running in this folder") from None
     file = report.write_report(Path(args.out_dir), expected)
     print(file)
     if not args.report_only:

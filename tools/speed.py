@@ -297,6 +297,7 @@ PAPER = dict(env_id=ENV_ID, nll=True, lr_decay=True, epochs=1000, steps_per_epoc
 def measure_evaluation(task: Task, args: Args, device: torch.device) -> list[dict]:
     """Steps per second of an AntMaze: all episodes in lock-step, against one environment at a time."""
     torch.compiler.reset()
+    single, copies = task.make_env(), evaluation.LockstepEnvs(task.make_env, range(10))  # forked before the first CUDA call
     agents = {
         name: dtql.DTQL(dtql.Args(cuda=device.type == "cuda", compile=compiled, **PAPER), OBS_DIM, ACTION_DIM, device)
         for name, compiled in (("eager", False), ("compile", True))
@@ -319,7 +320,6 @@ def measure_evaluation(task: Task, args: Args, device: torch.device) -> list[dic
         | {f"{name}, {number} states": (functools.partial(act, name, states[:, :number]), number) for name, number in variants},
     )
 
-    single, copies = task.make_env(), evaluation.LockstepEnvs(task.make_env, range(10))
     everyone = np.arange(10)
     single.reset(seed=0)
     copies.reset(everyone, everyone)
