@@ -1,11 +1,16 @@
 """What several tests need: small data, agents, the scripts as a user runs them."""
 
+import contextlib
 import csv
 import functools
+import io
 import os
+import runpy
+import signal
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -113,6 +118,30 @@ def run_script(*arguments: object, script: str = "dtql_continuous.py", **environ
     )
 
 
+def run_inside(*arguments: object, script: str = "dtql_continuous.py") -> subprocess.CompletedProcess:
+    """What `run_script` gives, but in this process, which saves the imports: for what ends before any training."""
+    streams = [io.TextIOWrapper(io.BytesIO(), write_through=True) for _ in range(2)]
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    code, argv, path = 0, sys.argv, list(sys.path)
+    sys.argv = [script, *map(str, arguments)]
+    try:
+        with contextlib.redirect_stdout(streams[0]), contextlib.redirect_stderr(streams[1]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # runpy's, that a tool is imported already
+            if script.endswith(".py"):
+                sys.path.insert(0, str((ROOT / script).parent))
+                runpy.run_path(str(ROOT / script), run_name="__main__")
+            else:
+                runpy.run_module(script, run_name="__main__")
+    except SystemExit as error:
+        code = error.code or 0
+    finally:
+        sys.argv, sys.path[:] = argv, path
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    out, err = (stream.buffer.getvalue().decode() for stream in streams)
+    return subprocess.CompletedProcess(arguments, code, out, err)
+
+
 def run_here(module, *flags: object) -> Path:
     """The folder of a run of a script's `main` with these flags, in this process."""
     return Path(module.main(common.parse_args(module.Args, module.task_defaults, [*map(str, flags)]))["run_dir"])
@@ -203,9 +232,9 @@ def assert_same_end(one: str | Path, other: str | Path) -> None:
     assert rows_of(one, "episodes.csv") == rows_of(other, "episodes.csv")
 
 
-def whole_and_resumed(tmp_path: Path, monkeypatch, resume, **settings) -> tuple[str, str]:
-    """The folders of a run of 60 updates and of one that was stopped after 33 and gone on with by resume(its folder)."""
-    whole = dtql.main(make_args(tmp_path, **settings))["run_dir"]
+def whole_and_resumed(tmp_path: Path, monkeypatch, module=dtql, **settings) -> tuple[str, str]:
+    """The folders of a run of `module` and of one that was stopped after 33 updates and resumed."""
+    whole = module.main(make_args(tmp_path, module, **settings))["run_dir"]
     count, advance = [], run_folder.Run.advance
 
     def stop_in_training(run: run_folder.Run, metrics: dict[str, Tensor]) -> None:
@@ -217,8 +246,8 @@ def whole_and_resumed(tmp_path: Path, monkeypatch, resume, **settings) -> tuple[
     with monkeypatch.context() as patch:
         patch.setattr(run_folder.Run, "advance", stop_in_training)
         with pytest.raises(common.Interrupted):
-            dtql.main(make_args(tmp_path, **settings))
-    resume(str(count[0].dir))
+            module.main(make_args(tmp_path, module, **settings))
+    module.main(make_args(tmp_path, module, **settings, resume=str(count[0].dir)))
     return whole, str(count[0].dir)
 
 

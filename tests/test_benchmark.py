@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import FLAGS, ROOT, command, make_args, params_of, run_here, run_script, table, until
+from helpers import FLAGS, ROOT, command, make_args, params_of, run_here, run_inside, run_script, table, until
 
 import bc
 import common
@@ -244,15 +244,15 @@ def test_a_killed_worker_and_a_lost_node_change_nothing(tmp_path, mark):
 
     out = tmp_path / "bench"
     cluster = Cluster(
-        initialize_head=True, head_node_args=dict(num_cpus=2, object_store_memory=80 << 20, include_dashboard=False)
+        initialize_head=True, head_node_args=dict(num_cpus=1, object_store_memory=80 << 20, include_dashboard=False)
     )
     try:
-        node = cluster.add_node(num_cpus=2, object_store_memory=80 << 20)
-        arguments = ("--tasks", "hopper-medium-v2", "--methods", "bc", "--num-seeds", 4, "--one-run-per-seed", "--out-dir", out,
+        node = cluster.add_node(num_cpus=1, object_store_memory=80 << 20)
+        arguments = ("--tasks", "hopper-medium-v2", "--methods", "bc", "--num-seeds", 2, "--one-run-per-seed", "--out-dir", out,
                      "--address", cluster.address, "--", *SMALL)  # fmt: skip
         with open(tmp_path / "log", "w") as log:
             driver = subprocess.Popen(command(*arguments, script="tools.benchmark"), stdout=log, stderr=subprocess.STDOUT)
-        until(lambda: len(list(out.glob("*/*/*/*/checkpoint.pt"))) == 4, 120)
+        until(lambda: len(list(out.glob("*/*/*/*/checkpoint.pt"))) == 2, 120)
         os.kill(workers(mark)[0], signal.SIGKILL)
         time.sleep(1)
         cluster.remove_node(node)
@@ -260,30 +260,30 @@ def test_a_killed_worker_and_a_lost_node_change_nothing(tmp_path, mark):
     finally:
         cluster.shutdown()
     log = (tmp_path / "log").read_text()
-    assert log.count(": done") == 4 and "died" not in log and "Traceback" not in log, log
-    assert len(list(out.glob("*/*/*/*/config.json"))) == 4  # no run began anew
-    assert_equal(parameters(out), undisturbed(tmp_path, range(4)))
+    assert log.count(": done") == 2 and "died" not in log and "Traceback" not in log, log
+    assert len(list(out.glob("*/*/*/*/config.json"))) == 2  # no run began anew
+    assert_equal(parameters(out), undisturbed(tmp_path, range(2)))
 
 
 def test_a_killed_driver_goes_on_with_the_same_command(tmp_path, mark):
     out = tmp_path / "bench"
-    arguments = ("--tasks", "hopper-medium-v2", "--methods", "bc", "--num-seeds", 2, "--one-run-per-seed", "--out-dir", out,
-                 "--", *SMALL)  # fmt: skip
+    arguments = ("--tasks", "hopper-medium-v2", "--methods", "bc", "--num-seeds", 1, "--out-dir", out, "--", *SMALL)  # fmt: skip
     driver = subprocess.Popen(command(*arguments, script="tools.benchmark"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     until(lambda: list(out.glob("*/*/*/*/checkpoint.pt")), 120)
     driver.kill()
     driver.wait()
     again = run_script(*arguments, script="tools.benchmark")
     assert again.returncode == 0, again.stderr
-    assert_equal(parameters(out), undisturbed(tmp_path, range(2)))
+    assert_equal(parameters(out), undisturbed(tmp_path, range(1)))
     # A third time there is nothing to do, and no Ray is started for it
     start = time.perf_counter()
-    assert run_script(*arguments, script="tools.benchmark").returncode == 0
-    assert time.perf_counter() - start < 20 and len(list(out.glob("*/*/*/*/checkpoint.pt"))) == 2
+    assert run_inside(*arguments, script="tools.benchmark").returncode == 0
+    assert time.perf_counter() - start < 5 and len(list(out.glob("*/*/*/*/checkpoint.pt"))) == 1
     # Two helpers of the killed driver's Ray report its death for 60 s, to a control store that died with it
     agents = ("ray::DashboardAgent", "ray::RuntimeEnvAgent")
     until(lambda: all(line.startswith(agents) for line in processes(mark).values()), 30)
-    until(lambda: not processes(mark), 90)
+    for pid in processes(mark):
+        os.kill(pid, signal.SIGKILL)
 
 
 def test_ctrl_c_leaves_checkpoints_and_what_cannot_work_is_a_row(tmp_path, mark):

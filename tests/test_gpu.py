@@ -49,8 +49,7 @@ def test_acting_is_in_bounds_and_seeded(module):
 
 def test_a_run_resumes_on_the_gpu_and_continues_on_the_cpu(hopper, tmp_path, monkeypatch):
     settings = dict(cuda=True, cudagraphs=True)
-    resume = lambda run_dir: dtql.main(make_args(tmp_path, **settings, resume=run_dir))
-    whole, resumed = whole_and_resumed(tmp_path, monkeypatch, resume, **settings)
+    whole, resumed = whole_and_resumed(tmp_path, monkeypatch, **settings)
     assert len(rows_of(whole)) == len(rows_of(resumed)) == 1
     for name, param in params_of(whole).items():
         torch.testing.assert_close(params_of(resumed)[name].float(), param.float(), rtol=1e-2, atol=1e-2)

@@ -276,9 +276,9 @@ def test_distillation_without_q_recovers_both_modes_in_proportion(narrow):
     """Data at -0.6 (30 %) and 0.5 (70 %); the learning rate decays, so that the proportion comes to rest."""
     rng = np.random.default_rng(0)
     actions = np.where(rng.random(4000) < 0.3, -0.6, 0.5)[:, None] + 0.03 * rng.standard_normal((4000, 1))
-    agent = cloning_agent(actions, kl_distill, 800, q=False, epochs=1, steps_per_epoch=1200, lr_decay=True)
+    agent = cloning_agent(actions, kl_distill, 800, q=False, epochs=1, steps_per_epoch=800, lr_decay=True)
     agent.start_training()
-    for _ in range(1200):
+    for _ in range(800):
         agent.update(training=True)
     with torch.no_grad():
         sample = agent.act(torch.zeros(1, 5000, 1), torch.Generator().manual_seed(0)).numpy()

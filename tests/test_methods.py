@@ -19,7 +19,7 @@ from helpers import (
     make_args,
     own,
     run_here,
-    run_script,
+    run_inside,
     snapshot,
     start,
     train,
@@ -32,6 +32,7 @@ import common
 import evaluation
 import stacked
 import tasks
+import tools
 from common import UserError
 
 AGENTS = pytest.mark.parametrize(
@@ -201,16 +202,15 @@ def test_a_run_is_deployed_as_it_was_trained(hopper, tmp_path, module):
 
 
 @EACH
-@pytest.mark.slow
 def test_help_shows_the_tasks_values_and_bad_flags_are_one_line(module):
     script = f"{module.__name__}.py"
-    assert run_script("--help", script=script).returncode == 0
+    assert run_inside("--help", script=script).returncode == 0
     for flags, message in (
         (["--batch-size=0"], "--batch-size"),
         (["--learning-rate=nan"], "--learning-rate"),
         (["--no-such"], "no-such"),
     ):
-        result = run_script(*flags, script=script)
+        result = run_inside(*flags, script=script)
         assert result.returncode == 2 and message in result.stderr and len(result.stderr.strip().splitlines()) == 1
 
 
@@ -234,26 +234,28 @@ def test_a_copied_script_with_a_flag_and_a_loss_term_more_is_a_method(hopper, tm
         text = text.replace(old, new)
     script = ROOT / f"my_variant_{tmp_path.name.replace('-', '_')}.py"
     script.write_text(text)
+    tools.methods.cache_clear()
     try:
         flags = [*FLAGS, "--pretrain-epochs=1", "--num-candidates=8", "--no-compile"]
-        trained = run_script(
+        trained = run_inside(
             "--env-id=hopper-medium-v2", "--bonus=0.2", *flags, "--run-dir", tmp_path / "runs", script=script.name
         )
         assert trained.returncode == 0, trained.stderr
         (run_dir,) = (tmp_path / "runs").iterdir()
-        assert run_script("--resume", run_dir, script=script.name).returncode == 0
+        assert run_inside("--resume", run_dir, script=script.name).returncode == 0
         loaded = f"import {script.stem} as v; print(v.load_policy('{run_dir}/checkpoint.pt')([0] * 11).shape)"
         assert "(3,)" in run_python(loaded)
-        watched = run_script(run_dir, "--episodes=0", script="tools.watch")
+        watched = run_inside(run_dir, "--episodes=0", script="tools.watch")
         assert watched.returncode == 0, watched.stderr
         command = ["--methods", script.stem, "--tasks", "hopper-medium-v2", "--num-seeds=1", "--out-dir", tmp_path / "bench"]
-        assert script.stem in run_script(*command, "--print-commands", script="tools.benchmark").stdout
+        assert script.stem in run_inside(*command, "--print-commands", script="tools.benchmark").stdout
         # A checkpoint from before a flag was added loads after it
         script.write_text(re.sub(r"(    num_candidates: int = 1024\n)", '    later: int = 3\n    """a new flag"""\n\\1', text))
         assert "(3,)" in run_python(loaded)
-        assert run_script("--resume", run_dir, script=script.name).returncode == 0
+        assert run_inside("--resume", run_dir, script=script.name).returncode == 0
     finally:
         script.unlink()
+        tools.methods.cache_clear()
 
 
 def run_python(code: str) -> str:

@@ -7,7 +7,7 @@ import sys
 
 import numpy as np
 import pytest
-from helpers import ROOT, make_args, table
+from helpers import ROOT, make_args, run_inside, table
 
 import dtql_continuous as dtql
 from tools import report
@@ -63,9 +63,9 @@ def test_entropy_comes_from_the_events(run_dir, tmp_path):
 
 @pytest.mark.parametrize("script", ("candidates.py", "curves.py", "entropy.py", "mazes.py"))
 @pytest.mark.parametrize("arguments", ((), ("out", "label=nowhere"), ("out", "nowhere")))
-def test_a_wrong_command_line_is_one_message(script, arguments, tmp_path):
-    command = [sys.executable, ROOT / "results" / script, *arguments]
-    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+def test_a_wrong_command_line_is_one_message(script, arguments, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = run_inside(*arguments, script=f"results/{script}")
     assert result.returncode == 2 and "Traceback" not in result.stderr
     assert "error: " in result.stderr.splitlines()[-1] and not any(tmp_path.iterdir())
 

@@ -27,6 +27,7 @@ from helpers import (
     params_of,
     rows_of,
     run_here,
+    run_inside,
     run_script,
     start,
     train,
@@ -150,7 +151,7 @@ def test_both_versions_of_an_edited_script_are_kept(hopper, tmp_path, capsys):
 @pytest.mark.slow
 def test_resume_takes_its_settings_from_the_folder(hopper, tmp_path):
     run_dir = run_here(dtql, *SMALL, "--alpha=2.5", "--run-dir", tmp_path / "runs")
-    assert_one_line(run_script("--resume", run_dir, "--alpha=3"), "has alpha = 2.5, not 3.0; leave the flag out")
+    assert_one_line(run_inside("--resume", run_dir, "--alpha=3"), "has alpha = 2.5, not 3.0; leave the flag out")
     # Flags that did not exist when the run began take their defaults; those that are gone are named
     config = json.loads((run_dir / "config.json").read_text())
     del config["args"]["torch_deterministic"]
@@ -457,7 +458,7 @@ def test_a_checkpoint_that_is_something_else_or_damaged(run_dir, content):
 @pytest.mark.slow
 def test_one_wrong_byte_in_a_checkpoint_is_noticed(run_dir):
     file = run_dir / "checkpoint.pt"
-    good, rng, refused = file.read_bytes(), np.random.default_rng(0), 0
+    good, rng, damaged = file.read_bytes(), np.random.default_rng(0), 0
     for position in rng.integers(1000, len(good) - 1000, size=20):
         changed = bytearray(good)
         changed[position] ^= 0x41
@@ -467,8 +468,8 @@ def test_one_wrong_byte_in_a_checkpoint_is_noticed(run_dir):
             file.write_bytes(good)
             np.testing.assert_array_equal(policy(np.zeros(11)), dtql.load_policy(str(file))(np.zeros(11)))  # it was padding
         except UserError:
-            refused += 1
-    assert refused >= 15
+            damaged += 1
+    assert damaged >= 15
 
 
 @pytest.mark.slow
@@ -502,7 +503,7 @@ def test_another_versions_folder_is_refused(run_dir, change):
 @pytest.mark.slow
 def test_resume_of_nothing_starts_no_new_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert_one_line(run_script("--resume", ""), "is not a run")
+    assert_one_line(run_inside("--resume", ""), "is not a run")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -558,14 +559,13 @@ def test_a_disk_that_fills_up_in_mid_run(hopper, tmp_path):
     assert_same_end(whole, run_dir)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("script", "flag"), [("dtql_continuous.py", "--run-dir"), ("toy_bandit.py", "--out-dir"), ("tools.speed", "--csv")]
 )
 def test_what_cannot_be_written_is_found_before_any_work(hopper, script, flag):
     started = time.time()
     task = ["--env-id=hopper-medium-v2"] if script == "dtql_continuous.py" else []
-    result = run_script(*task, flag, "/proc/nothing/here", script=script)
+    result = run_inside(*task, flag, "/proc/nothing/here", script=script)
     assert_one_line(result, flag)
     assert time.time() - started < 60
 
@@ -684,7 +684,6 @@ def test_bandits_leave_no_workers(tmp_path):
 # ---- bad input: one line, exit status 2, nothing left behind -------------------------------------------------------------
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -712,16 +711,15 @@ def test_bad_input_is_one_line_and_exit_status_2(hopper, tmp_path, monkeypatch, 
     if flags[0] in ("--cuda", "--cudagraphs") and torch.cuda.is_available():
         pytest.skip("there is a GPU")
     defaults = [] if flags[0] == "--resume" else ["--env-id", "hopper-medium-v2"]
-    result = run_script(*defaults, *flags)
+    result = run_inside(*defaults, *flags)
     assert result.returncode == 2, result.stderr
     (line,) = result.stderr.splitlines()
     assert line.startswith("error: ") and message in line
     assert not (tmp_path / "runs").exists()
 
 
-@pytest.mark.slow
 def test_help_shows_the_values_of_the_task():
-    result = run_script("--env-id", "pen-human-v1", "--help")
+    result = run_inside("--env-id", "pen-human-v1", "--help")
     assert result.returncode == 0
     text = " ".join(result.stdout.replace("│", " ").split())
     for default in ("(default: 1500.0)", "(default: 3e-05)", "(default: 300)", "(default: pen-human-v1)"):
@@ -741,7 +739,6 @@ def test_table_4_and_other_defaults():
     assert dtql.task_defaults("D4RL/pen/human-v2")["alpha"] == 1500
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("script", "flags"),
     [
@@ -762,7 +759,7 @@ def test_table_4_and_other_defaults():
 )
 def test_impossible_numbers_are_refused_at_once(tmp_path, monkeypatch, script, flags):
     monkeypatch.chdir(tmp_path)
-    assert_one_line(run_script(*flags, script=script), flags[0])
+    assert_one_line(run_inside(*flags, script=script), flags[0])
     assert list(tmp_path.iterdir()) == []
 
 

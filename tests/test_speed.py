@@ -5,7 +5,7 @@ import sys
 
 import pytest
 import torch
-from helpers import FLAGS, assert_same_end, make_agent, make_args, run_here, run_script, whole_and_resumed
+from helpers import FLAGS, assert_same_end, make_agent, run_here, run_script, whole_and_resumed
 
 import bc
 import common
@@ -23,9 +23,7 @@ NO_COMPILE = [*(flag for flag in FLAGS if "compile" not in flag), "--pretrain-ep
 
 
 def test_a_compiled_run_resumes_bit_identically(hopper, tmp_path, monkeypatch):
-    compiled = dict(compile=True, num_seeds=2)
-    resume = lambda run_dir: dtql.main(make_args(tmp_path, **compiled, resume=run_dir))
-    assert_same_end(*whole_and_resumed(tmp_path, monkeypatch, resume, **compiled))
+    assert_same_end(*whole_and_resumed(tmp_path, monkeypatch, bc, compile=True, num_seeds=2))
 
 
 def test_without_a_compiler_a_run_goes_on_with_one_note(hopper, tmp_path):

@@ -1,13 +1,11 @@
 """The 2-D bandits: data, rewards, losses and what is counted; and each figure, much shortened."""
 
 import csv
-import subprocess
-import sys
 
 import matplotlib.image
 import pytest
 import torch
-from helpers import ROOT
+from helpers import run_inside
 
 import toy_bandit
 from toy_bandit import GRID, PROBLEMS
@@ -90,5 +88,5 @@ def test_the_trust_region_settles_on_one_corner():
     "flags", [["--figure", "4"], ["--out-dir", "/proc/none"], ["--seed", "x"], ["--seed", "18446744073709551616"]]
 )
 def test_bad_input_is_one_line(flags):
-    result = subprocess.run([sys.executable, ROOT / "toy_bandit.py", *flags], capture_output=True, text=True)
+    result = run_inside(*flags, script="toy_bandit.py")
     assert result.returncode == 2 and len(result.stderr.splitlines()) == 1 and "error:" in result.stderr
