@@ -67,6 +67,8 @@ class Args:
     """lower bounds of the actions in --data without an environment: one number, or one per dimension; default: their range"""
     action_high: tuple[float, ...] | None = None
     """upper bounds, likewise"""
+    sparse_rewards: bool = False
+    """OGBench's scene and puzzle: reward -1 until all is done, as in later papers, not minus the number of open subgoals"""
     seed: int = 0
     """seed of the first model; the others have seed + 1, seed + 2, ..."""
     num_seeds: int = 1

@@ -77,7 +77,7 @@ def _call(shard: _Shard, method: str, *args: Any) -> Any:
         raise EnvironmentFailure(f"the environment failed in {method}: {text} ({frame.filename}:{frame.lineno})") from error
 
 
-def _end_with_parent() -> None:
+def end_with_parent() -> None:
     """End this worker when the main process ends, even while a step hangs."""
     multiprocessing.parent_process().join()
     os._exit(1)
@@ -87,7 +87,7 @@ def _serve(pipe: Any, inherited: list[Any], make_env: Callable[[], gym.Env], see
     """A worker process: a `_Shard` behind a pipe, until the pipe closes."""
     for other in inherited:  # so that the pipes close with the main process, even if it is killed
         other.close()
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    threading.Thread(target=end_with_parent, daemon=True).start()
     for number in (signal.SIGINT, signal.SIGTERM):  # terminals and schedulers signal every process; the main one decides
         signal.signal(number, signal.SIG_IGN)
     try:

@@ -52,6 +52,8 @@ class Args(common.Args):
     """inverse temperature of the advantage weights"""
     dropout: float = 0.0
     """dropout probability of the policy's hidden layers"""
+    layers: int = 2
+    """hidden layers of every network"""
     learning_rate: float = 3e-4
     """of all networks; the policy's falls to 0 along a cosine"""
     gamma: float = 0.99
@@ -68,6 +70,7 @@ class Args(common.Args):
         super().check()
         check(all(0 < tau < 1 for tau in self.values("expectile")), f"--expectile must lie in (0, 1), not {self.expectile}")
         check(all(0 <= beta < math.inf for beta in self.values("beta")), f"--beta must be at least 0, not {self.beta}")
+        check(1 <= self.layers <= 100, f"--layers must lie in [1, 100], not {self.layers}")
         check(0 <= self.dropout < 1, f"--dropout must lie in [0, 1), not {self.dropout}")
         check(0 < self.learning_rate < math.inf, f"--learning-rate must be positive, not {self.learning_rate}")
         check(0 <= self.gamma <= 1, f"--gamma must lie in [0, 1], not {self.gamma}")
@@ -82,6 +85,8 @@ SETTINGS = {
     "kitchen": (0.7, 0.5, 0.1),
     "hopper-medium-expert-v2": (0.5, 6.0, 0.0),  # as reimplementations do; unstable with the official ones
 }
+# OGBench: beta of FQL's authors, by the beginning of the id (else 10), with expectile 0.9 and, in manipulation, 4 layers
+OGBENCH = {"antsoccer": 1.0, "cube-single": 1.0, "cube-double": 0.3, "puzzle-4x4": 3.0}
 
 
 def task_defaults(env_id: str) -> dict[str, Any]:
@@ -90,10 +95,11 @@ def task_defaults(env_id: str) -> dict[str, Any]:
         epochs = {"dtql/pointmaze-medium-v0": 8, "dtql/pointmaze-large-v0": 14}.get(env_id)  # as many updates as DTQL's
         return {} if epochs is None else dict(epochs=epochs, eval_every=epochs // 4)
     domain, ogbench = tasks.domain(env_id), tasks.is_ogbench(env_id)
-    expectile, beta, dropout = SETTINGS.get(
-        tasks.d4rl_id(env_id), SETTINGS.get("antmaze" if domain == "ogbench" else domain, SETTINGS["locomotion"])
-    )
+    expectile, beta, dropout = SETTINGS.get(tasks.d4rl_id(env_id), SETTINGS.get(domain, SETTINGS["locomotion"]))
+    if ogbench:
+        expectile, beta = 0.9, next((beta for start, beta in OGBENCH.items() if env_id.startswith(start)), 10.0)
     return dict(
+        layers=4 if env_id.startswith(("cube", "scene", "puzzle")) else 2,
         expectile=expectile,
         beta=beta,
         dropout=dropout,
@@ -119,13 +125,12 @@ def make_data(task: Task, args: Args, device: torch.device) -> Transitions:
 HIDDEN = 256
 
 
-def mlp(inputs: int, outputs: int) -> nn.Sequential:
-    """Two hidden layers; all weights orthogonal with gain sqrt(2), the output's too."""
-    net = nn.Sequential(
-        Linear(inputs, HIDDEN), nn.ReLU(),
-        Linear(HIDDEN, HIDDEN), nn.ReLU(),
-        Linear(HIDDEN, outputs),
-    )  # fmt: skip
+def mlp(inputs: int, outputs: int, layers: int) -> nn.Sequential:
+    """All weights orthogonal with gain sqrt(2), the output's too."""
+    net = nn.Sequential(Linear(inputs, HIDDEN), nn.ReLU())
+    for _ in range(layers - 1):
+        net.extend((Linear(HIDDEN, HIDDEN), nn.ReLU()))
+    net.append(Linear(HIDDEN, outputs))
     for layer in net:
         if isinstance(layer, Linear):
             nn.init.orthogonal_(layer.weight, math.sqrt(2))
@@ -136,9 +141,9 @@ def mlp(inputs: int, outputs: int) -> nn.Sequential:
 class Critic(nn.Module):
     """Q(s, a), of which there are two: obs (K, B, S), actions (K, B, A) -> (K, 2, B)."""
 
-    def __init__(self, obs_dim: int, action_dim: int):
+    def __init__(self, obs_dim: int, action_dim: int, layers: int):
         super().__init__()
-        self.net = mlp(obs_dim + action_dim, 1)
+        self.net = mlp(obs_dim + action_dim, 1, layers)
 
     def forward(self, obs: Tensor, actions: Tensor) -> Tensor:
         return self.net(torch.cat((obs, actions), -1).unsqueeze(-3)).squeeze(-1)
@@ -147,9 +152,9 @@ class Critic(nn.Module):
 class Value(nn.Module):
     """V(s): obs (K, B, S) -> (K, B)."""
 
-    def __init__(self, obs_dim: int):
+    def __init__(self, obs_dim: int, layers: int):
         super().__init__()
-        self.net = mlp(obs_dim, 1)
+        self.net = mlp(obs_dim, 1, layers)
 
     def forward(self, obs: Tensor) -> Tensor:
         return self.net(obs).squeeze(-1)
@@ -158,13 +163,13 @@ class Value(nn.Module):
 class GaussianActor(nn.Module):
     """a ~ N(tanh(MLP(s)), std^2), std independent of the state: obs (K, B, S) -> mean (K, B, A), log_std (K, 1, A)."""
 
-    def __init__(self, obs_dim: int, action_dim: int):
+    def __init__(self, obs_dim: int, action_dim: int, layers: int):
         super().__init__()
-        self.net = mlp(obs_dim, action_dim)
+        self.net = mlp(obs_dim, action_dim, layers)
         self.log_std = nn.Parameter(torch.zeros(action_dim))
 
     def forward(self, obs: Tensor, masks: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """`masks` (2, K, B, 256): dropout of the hidden layers, 0 or 1 / (1 - p); None where there is none."""
+        """`masks` (layers, K, B, 256): dropout of the hidden layers, 0 or 1 / (1 - p); None where there is none."""
         x, hidden = obs, 0
         for layer in self.net:
             x = layer(x)
@@ -186,9 +191,9 @@ class IQL(nn.Module):
 
         def make_model() -> nn.ModuleDict:
             return nn.ModuleDict({
-                "critic": stacked.stack([Critic(obs_dim, action_dim), Critic(obs_dim, action_dim)]),
-                "value": Value(obs_dim),
-                "actor": GaussianActor(obs_dim, action_dim),
+                "critic": stacked.stack([Critic(obs_dim, action_dim, args.layers) for _ in range(2)]),
+                "value": Value(obs_dim, args.layers),
+                "actor": GaussianActor(obs_dim, action_dim, args.layers),
             })  # fmt: skip
 
         self.critic, self.value, self.actor = stacked.stack_seeds(make_model, args.model_seeds).to(device).values()
@@ -236,7 +241,7 @@ class IQL(nn.Module):
         args, shape = self.args, (self.args.num_models, self.args.batch_size)
         batch, masks = self.data.sample(*shape), None
         if args.dropout:
-            keep = torch.rand(shape[0], 2, shape[1], HIDDEN, device=self.device) >= args.dropout
+            keep = torch.rand(shape[0], args.layers, shape[1], HIDDEN, device=self.device) >= args.dropout
             masks = (keep / (1 - args.dropout)).transpose(0, 1)
         factor = (1 + torch.cos(math.pi * self.train_step / args.total_steps)) / 2
         stacked.set_learning_rate(self.actor_optimizer, factor)

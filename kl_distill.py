@@ -99,7 +99,8 @@ TABLE_4 = {
     "kitchen-mixed-v0": (200, 0.7, False, 500, 3e-4, True),
 }
 OTHERS = (5, 0.7, False, 1000, 3e-4, False)  # tasks that are not in the paper
-AS_ANTMAZE = (1, 0.9, True, 1000, 3e-4, False)  # OGBench: a guess
+MANIPULATION = (10, 0.9, False, 1000, 3e-4, False)  # OGBench's cube, scene and puzzle: found on cube-single (results/ogbench)
+AS_ANTMAZE = (1, 0.9, True, 1000, 3e-4, False)  # OGBench's mazes: a guess
 
 
 def task_defaults(env_id: str) -> dict[str, Any]:
@@ -112,7 +113,8 @@ def task_defaults(env_id: str) -> dict[str, Any]:
         return dict(pretrain_epochs=2, epochs=epochs, eval_every=epochs // 3, batch_size=64, num_candidates=64, lr_decay=True)
     name = tasks.d4rl_id(env_id) or ""  # Minari's data of the same task uses the same row
     ogbench = tasks.is_ogbench(env_id)
-    alpha, expectile, _, epochs, learning_rate, lr_decay = TABLE_4.get(name, AS_ANTMAZE if ogbench else OTHERS)
+    others = OTHERS if not ogbench else AS_ANTMAZE if "maze" in env_id or "soccer" in env_id else MANIPULATION
+    alpha, expectile, _, epochs, learning_rate, lr_decay = TABLE_4.get(name, others)
     return dict(
         alpha=float(alpha),
         expectile=expectile,
@@ -120,7 +122,7 @@ def task_defaults(env_id: str) -> dict[str, Any]:
         learning_rate=learning_rate,
         lr_decay=lr_decay,
         pretrain_epochs=50,
-        num_candidates=1024,
+        num_candidates=64 if others is MANIPULATION else 1024,
         batch_size=2048 if name.startswith("antmaze") else 256,
         gamma=0.995 if ogbench and tasks.is_long(env_id) else 0.99,
         eval_every=100 if ogbench else 50,

@@ -307,7 +307,8 @@ class Run:
             best = max(by_epoch, key=lambda epoch: np.mean([row["score_mean"] for row in by_epoch[epoch]]))
             last = f"{_by_setting(by_epoch[max(by_epoch)])} (last)"
             result = f"{self.task.score_name} {last}, {_by_setting(by_epoch[best])} (best, epoch {best})"
-        print(f"{self.args.env_id or self.args.data}: {result}; {self.args.num_models} model(s), {ended}, {self.dir}")
+        origin = f"data {self.task.origin}"
+        print(f"{self.args.env_id or 'no environment'}: {result}; {self.args.num_models} model(s), {ended}, {origin}, {self.dir}")
         return {"run_dir": str(self.dir), "rows": self.rows}
 
 

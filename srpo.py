@@ -121,8 +121,11 @@ def task_defaults(env_id: str) -> dict[str, Any]:
         return {} if epochs is None else dict(diffusion_epochs=6, critic_epochs=epochs, epochs=6, eval_every=2)
     ogbench, domain, name = tasks.is_ogbench(env_id), tasks.domain(env_id), tasks.d4rl_id(env_id) or ""
     return dict(
-        beta=BETA.get(name.rpartition("-")[0], 0.05),
-        expectile=0.9 if domain in ("antmaze", "ogbench") else 0.7,
+        # On OGBench those of FQL's authors
+        beta=(0.3 if "maze" in env_id else 0.03 if "single" in env_id else 0.1)
+        if ogbench
+        else BETA.get(name.rpartition("-")[0], 0.05),
+        expectile=0.9 if domain == "antmaze" or env_id.startswith(("cube", "scene", "puzzle")) else 0.7,
         normalize_gradient=domain in ("antmaze", "ogbench"),
         policy_layers=4 if domain == "antmaze" else 2,
         diffusion_epochs=2000,

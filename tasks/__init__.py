@@ -33,6 +33,9 @@ def load_task(args: Args) -> Task:
         check(not bounds, f"--action-low and --action-high belong to --data: {env_id} has its own bounds")
         kind = d4rl if env_id in d4rl.TASKS else ogbench if is_ogbench(env_id) else mazes if env_id in POINTMAZES else minari
         task = kind.load(env_id)
+    if args.sparse_rewards:
+        check(is_ogbench(env_id), "--sparse-rewards is for OGBench's tasks: leave it out")
+        task = task._replace(rewards=-(task.rewards != 0).astype("float32"))
     if args.max_episode_steps is not None and task.make_env is not None:
         task = task._replace(make_env=functools.partial(_limited, task.make_env, args.max_episode_steps))
     with temporary_files_removed():

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import json
 import os
 import re
 from collections.abc import Iterator
@@ -19,6 +20,11 @@ MIRROR = "zhouzypaul/ogbench_datasets"  # on the Hugging Face hub
 ID = re.compile(
     r"((?!visual-)(?:antmaze|humanoidmaze|pointmaze|antsoccer|cube|scene|puzzle)(?:-(?!\w*oraclerep)\w+)*?)"
     r"-(navigate|stitch|explore|play|noisy)-singletask(-task[1-5])?-v0"
+)
+# What tasks/make.py makes
+CAN_BE_MADE = re.compile(
+    r"pointmaze-(medium|large|giant|teleport)-(navigate|stitch)-v0"
+    r"|(cube-(single|double|triple|quadruple|octuple)|scene|puzzle-(3x3|4x4|4x5|4x6))-(play|noisy)-v0"
 )
 
 
@@ -56,14 +62,19 @@ class OGBenchEnv(gym.Wrapper):
         return obs, float(solved), terminated or solved, truncated, info
 
 
-def make_env(gym_id: str) -> gym.Env:
-    """The environment of a single task. Raises UserError if OGBench is missing or does not know it."""
+def register() -> None:
+    """Register OGBench's environments. Raises UserError if it is missing."""
     if not os.environ.get("DISPLAY"):
         os.environ.setdefault("MUJOCO_GL", "disabled")  # nothing is drawn, and GLFW would complain
     try:
-        import ogbench  # noqa: F401  registers the environments
+        import ogbench  # noqa: F401
     except ImportError:
-        raise UserError(f"{gym_id} needs OGBench: pip install -r requirements-dev.txt") from None
+        raise UserError("this task needs OGBench: pip install -r requirements-dev.txt") from None
+
+
+def make_env(gym_id: str) -> gym.Env:
+    """The environment of a single task. Raises UserError if OGBench is missing or does not know it."""
+    register()
     try:
         return OGBenchEnv(check_env(gym.make(gym_id), gym_id))
     except gym.error.UnregisteredEnv as error:
@@ -79,8 +90,12 @@ def load(env_id: str) -> Task:
 
     file = folder("OGBENCH_DATASET_DIR", ".ogbench/data") / file_name
     advice = f"{env_id}: put {file_name} into {file.parent}"
+    if CAN_BE_MADE.fullmatch(file.stem):
+        advice += f", or make it: python -m tasks.make {file.stem}"
     fetch("OGBENCH_BASE_URL", SOURCES, file_name, file, advice, lambda part: np.load(part).close(), MIRROR)
     try:
+        with np.load(file) as archive:
+            about = json.loads(str(archive["about"])) if "about" in archive else {}
         arrays = ogbench.utils.load_dataset(str(file), add_info=True)
         ogbench.relabel_utils.relabel_dataset(gym_id, env, arrays)
     except Exception as error:  # numpy and zipfile raise many kinds on wrong bytes
@@ -102,5 +117,5 @@ def load(env_id: str) -> Task:
         score=lambda returns: 100 * returns,
         score_name="success rate",
         sparse_goal=False,  # its rewards are already -1 and 0, or minus the number of subgoals left
-        origin=str(file),
+        origin=f"{file} (made at home, {', '.join(f'{key} {value}' for key, value in about.items())})" if about else str(file),
     )

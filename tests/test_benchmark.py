@@ -217,6 +217,7 @@ def mark(tmp_path, hopper, monkeypatch):
     word = f"DTQL_TEST_MARK={tmp_path}"
     monkeypatch.setenv("DTQL_TEST_MARK", str(tmp_path))
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    monkeypatch.setenv("RAY_worker_niceness", "0")  # else whatever runs beside the tests goes first
     yield word
     until(lambda: not processes(word), 30)
 

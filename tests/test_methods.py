@@ -29,7 +29,9 @@ from helpers import (
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import common
+import dtql_continuous as dtql
 import evaluation
+import run_folder
 import stacked
 import tasks
 import tools
@@ -158,14 +160,39 @@ def test_actions_do_not_depend_on_how_many_states_are_given(module, changes):
     torch.testing.assert_close(act(obs[:, :40]), actions[:, :40])
 
 
+class Killed(BaseException):
+    pass
+
+
 @EACH
 @pytest.mark.slow
-def test_a_killed_run_resumes_bit_identically(hopper, tmp_path, module):
-    """SIGKILL in mid-run, then --resume: parameters, optimizers and evaluations are those of an undisturbed run."""
-    flags = ["--env-id=hopper-medium-v2", *FLAGS, "--epochs=8", "--eval-every=2"]
+def test_a_killed_run_resumes_bit_identically(hopper, tmp_path, monkeypatch, module):
+    """An end without a word in mid-run, then --resume: parameters and evaluations are those of an undisturbed run."""
+    flags = ["--env-id=hopper-medium-v2", *FLAGS, "--epochs=4", "--eval-every=2"]
     flags += [f"--{name.replace('_', '-')}={value}" for name, value in own(module).items()]
     whole = run_here(module, *flags, "--run-dir", tmp_path / "whole")
-    process = start(*flags, "--run-dir", tmp_path / "runs", script=f"{module.__name__}.py")
+    (total,), advance = {common.open_checkpoint(whole / "checkpoint.pt")["step"]}, run_folder.Run.advance
+
+    def killed(run, metrics):
+        if run.step == total - 30:
+            raise Killed
+        advance(run, metrics)
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(run_folder.Run, "advance", killed)
+        run_here(module, *flags, "--run-dir", tmp_path / "runs")
+    (run_dir,) = (tmp_path / "runs").iterdir()
+    assert common.open_checkpoint(run_dir / "checkpoint.pt")["step"] < total - 30
+    run_here(module, "--resume", run_dir)
+    assert_same_end(whole, run_dir)
+
+
+@pytest.mark.slow
+def test_sigkill(hopper, tmp_path):
+    """A real one, of one script."""
+    flags = ["--env-id=hopper-medium-v2", *FLAGS, "--epochs=8", "--eval-every=2", "--pretrain-epochs=1", "--num-candidates=8"]
+    whole = run_here(dtql, *flags, "--run-dir", tmp_path / "whole")
+    process = start(*flags, "--run-dir", tmp_path / "runs")
     try:
         run_dir = wait_for(tmp_path / "runs")
         time.sleep(0.5)
@@ -173,7 +200,7 @@ def test_a_killed_run_resumes_bit_identically(hopper, tmp_path, module):
     finally:
         process.kill()
         process.communicate()
-    run_here(module, "--resume", run_dir)
+    run_here(dtql, "--resume", run_dir)
     assert_same_end(whole, run_dir)
 
 

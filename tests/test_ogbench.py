@@ -2,17 +2,20 @@
 
 import csv
 import json
+from types import SimpleNamespace
 
 import gymnasium as gym
 import numpy as np
 import pytest
 import torch
 from helpers import FLAGS, load_task, make_args, run_script
+from ogbench.relabel_utils import relabel_dataset
 
 import common
 import dtql_continuous as dtql
 import evaluation
 import fql
+import tasks.make
 from common import UserError
 from tasks import ogbench
 
@@ -212,3 +215,126 @@ def test_settings():
     assert flags(dtql, "antsoccer-arena-navigate-singletask-v0").gamma == 0.995
     assert flags(dtql, IDS[0]).batch_size == 256 and flags(dtql, IDS[0]).gamma == 0.99
     assert torch.tensor(flags(fql, "antmaze-large-diverse-v2").alpha) == 3 and flags(fql, "pen-human-v1").alpha == 10_000
+
+
+# ---- data made at home -------------------------------------------------------------------------------------------------
+
+
+def make(name: str, episodes: int = 2, **settings) -> None:
+    tasks.make.main(tasks.make.Args(name, episodes=episodes, **{"workers": 1, **settings}))
+
+
+@pytest.mark.parametrize(
+    ("name", "env_id"),
+    [
+        ("pointmaze-medium-stitch-v0", "pointmaze-medium-stitch-singletask-v0"),
+        ("cube-single-play-v0", "cube-single-play-singletask-v0"),
+        ("scene-noisy-v0", "scene-noisy-singletask-v0"),
+        ("puzzle-3x3-play-v0", "puzzle-3x3-play-singletask-task1-v0"),
+    ],
+)
+def test_data_made_at_home_train_and_say_what_they_are(folder, tmp_path, capsys, monkeypatch, name, env_id):
+    ogbench.register()
+    maker = tasks.make.Maze(name) if name.startswith("pointmaze") else tasks.make.Manipulation(name)
+    monkeypatch.setattr(tasks.make, "maker", maker, raising=False)
+    monkeypatch.setattr(tasks.make, "make", lambda _, number, __: list(map(tasks.make.make_episode, range(number))))
+    make(name)
+    with np.load(folder / f"{name}.npz") as made, np.load(folder / f"{name}-val.npz") as val:
+        length = 201 if "stitch" in name else 1001
+        assert len(made["observations"]) == 2 * length and len(val["observations"]) == length
+        np.testing.assert_array_equal(np.flatnonzero(made["terminals"]), [length - 1, 2 * length - 1])
+        kinds = {key: made[key].dtype for key in made if key != "about"}
+        floats = dict.fromkeys(("observations", "actions", "qpos", "qvel"), np.float32)
+        states = {"button_states": np.int64} if name.startswith(("scene", "puzzle")) else {}
+        assert kinds == {**floats, "terminals": bool, **states}
+        assert np.abs(made["actions"]).max() <= 1 and json.loads(str(made["about"]))["seed"] == 0
+        check_replay(name, made)
+    result = dtql.main(make_args(tmp_path, env_id=env_id, eval_episodes=1, epochs=1, max_episode_steps=20))
+    assert "made at home" in capsys.readouterr().out.splitlines()[-1] and len(result["rows"]) == 1
+    with pytest.raises(UserError, match="is there already"):
+        make(name)
+
+
+def check_replay(name: str, made) -> None:
+    """In the file's states the environment gives the rewards that OGBench's relabelling computes from qpos and button_states."""
+    kind = name.removesuffix("-v0").rpartition("-")[0]
+    env = ogbench.make_env(f"{kind}-singletask-v0")
+    relabelled = {key: made[key][::97] for key in ("qpos", "qvel", "button_states", "observations") if key in made}
+    relabel_dataset(f"{kind}-singletask-v0", env, relabelled)
+    inner = env.unwrapped
+    for row, qpos in enumerate(relabelled["qpos"]):
+        if "maze" in name:
+            inner.set_xy(qpos[:2])
+            reward = float(inner.compute_success()) - 1
+        else:
+            inner._data.qpos[:] = qpos
+            if "button_states" in relabelled:
+                inner._cur_button_states = relabelled["button_states"][row].copy()
+            reward = inner.compute_reward()
+        assert relabelled["rewards"][row] == reward, row
+    env.close()
+
+
+@pytest.mark.parametrize("name", ["puzzle-3x3-noisy-v0", "scene-play-v0", "pointmaze-teleport-navigate-v0"])
+def test_an_episode_does_not_depend_on_those_before_it(name, monkeypatch):
+    ogbench.register()
+    maker = tasks.make.Maze(name) if name.startswith("pointmaze") else tasks.make.Manipulation(name)
+    monkeypatch.setattr(tasks.make, "maker", maker, raising=False)
+    alone = tasks.make.make_episode(7)
+    for seed in (5, 7):
+        again = tasks.make.make_episode(seed)
+    for key, column in alone.items():
+        np.testing.assert_array_equal(again[key], column)
+
+
+def test_any_number_of_workers_makes_the_same_bytes(folder, monkeypatch):
+    make("pointmaze-medium-stitch-v0", 5, workers=2)
+    first = (folder / "pointmaze-medium-stitch-v0.npz").read_bytes()
+    monkeypatch.setenv("OGBENCH_DATASET_DIR", str(folder / "again"))
+    make("pointmaze-medium-stitch-v0", 5, workers=1)
+    assert (folder / "again" / "pointmaze-medium-stitch-v0.npz").read_bytes() == first
+    monkeypatch.setenv("OGBENCH_DATASET_DIR", str(folder / "third"))
+    make("pointmaze-medium-stitch-v0", 5, seed=1)
+    assert (folder / "third" / "pointmaze-medium-stitch-v0.npz").read_bytes() != first
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "message"),
+    [
+        ("antmaze-large-navigate-v0", {}, "needs a trained expert"),
+        ("humanoidmaze-medium-stitch-v0", {}, "needs a trained expert"),
+        ("cube-single-navigate-v0", {}, "cannot be made"),
+        ("../cube-single-play-v0", {}, "cannot be made"),
+        ("cube-single-play-v0", {"workers": 0}, "--workers must be at least 1"),
+        ("cube-single-play-v0", {"episodes": 0}, "--episodes must be at least 1"),
+    ],
+)
+def test_what_cannot_be_made(folder, name, settings, message):
+    with pytest.raises(UserError, match=message):
+        make(name, **settings)
+    assert list(folder.iterdir()) == []
+
+
+def test_no_room(folder, monkeypatch):
+    monkeypatch.setattr(tasks.make.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
+    with pytest.raises(UserError, match="MiB may be needed and 0 are free"):
+        make("pointmaze-medium-navigate-v0", 1000)
+    assert not list(folder.glob("*.npz"))
+
+
+def test_a_failed_download_says_how_to_make_the_file(folder):
+    with pytest.raises(UserError, match="python -m tasks.make cube-double-noisy-v0"):
+        load_task("cube-double-noisy-singletask-v0")
+    with pytest.raises(UserError) as error:
+        load_task("antmaze-large-navigate-singletask-v0")
+    assert "tasks.make" not in str(error.value)
+
+
+def test_sparse_rewards(folder):
+    write(folder, "puzzle-3x3-play-singletask-v0")
+    dense = load_task("puzzle-3x3-play-singletask-v0").rewards
+    sparse = load_task("puzzle-3x3-play-singletask-v0", sparse_rewards=True).rewards
+    assert dense.min() < -1 and set(np.unique(sparse)) == {-1, 0}
+    np.testing.assert_array_equal(sparse == 0, dense == 0)
+    with pytest.raises(UserError, match="--sparse-rewards is for OGBench"):
+        load_task("dtql/pointmaze-umaze-v0", sparse_rewards=True)

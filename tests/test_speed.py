@@ -63,7 +63,7 @@ def test_only_long_runs_are_compiled_unless_asked_for(flags, compiled):
 def test_speed_table(tmp_path, monkeypatch, uncompiled):
     """The command of the README, cut short: all variants and methods are there, and the parts belong to their updates."""
     table = tmp_path / "speed.csv"
-    methods = ["dtql_continuous", "srpo", "fql"]
+    methods = ["dtql_continuous", "srpo"]
     flags = ["--no-cuda", "--models", "1", "--batch-sizes", "32", "--rounds", "1", "--seconds", "0.05", "--csv", table]
     monkeypatch.setattr(speed, "ROWS", 5000)
     speed.main(common.cli(speed.Args, [*map(str, flags), "--methods", *methods]))

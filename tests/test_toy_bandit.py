@@ -77,8 +77,9 @@ def test_each_figure_leaves_a_picture_and_a_table(number, rows, tmp_path, monkey
     assert str(result[0]["problem"]) in capfd.readouterr().out
 
 
-def test_the_trust_region_settles_on_one_corner():
+def test_the_trust_region_settles_on_one_corner(monkeypatch):
     """Column 1 of Figure 6, the paper's point: one of four equal modes, on the data."""
+    monkeypatch.setattr(toy_bandit, "PRETRAINING", 1000)
     data, samples = toy_bandit.sampled((0, "trust region", 0))
     numbers = toy_bandit.count(PROBLEMS[0], data, samples)
     assert numbers["on data"] >= 95 and numbers["modes"] == 1 and numbers["in the best mode"] >= 95

@@ -50,7 +50,8 @@ class Args:
     """Train and evaluate methods x tasks x seeds and write their report. Flags behind `--` go to the scripts."""
 
     tasks: tuple[str, ...] = ("pointmaze",)
-    """ids, groups: pointmaze, gym, antmaze, antmaze-v2, adroit, kitchen, ogbench, paper (Table 1: gym antmaze adroit kitchen)"""
+    """ids, groups: pointmaze, gym, antmaze, antmaze-v2, adroit, kitchen, paper (Table 1: gym antmaze adroit kitchen), ogbench,
+    ogbench-manipulation, ogbench-pointmaze, and an environment's five tasks: cube-single-play-singletask-all"""
     methods: tuple[str, ...] = methods()
     """scripts, without .py"""
     num_seeds: int = 3
@@ -113,6 +114,11 @@ def expand_tasks(names: Sequence[str]) -> list[str]:
     """Ids of the groups and ids in `names`, each once. Raises UserError for one that is neither."""
     ids: list[str] = []
     for name in names:
+        if name.endswith("-singletask-all"):
+            group = [f"{name.removesuffix('all')}task{number}-v0" for number in range(1, 6)]
+            check(tasks.is_ogbench(group[0]), f"unknown task {name}: cube-single-play-singletask-all is one that OGBench has")
+            ids += group
+            continue
         if name not in report.GROUPS:
             try:
                 tasks.check_id(name)

@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 
 import common
 import tasks
-from tasks import d4rl
+from tasks import d4rl, is_ogbench
 from tools import ROOT
 
 DRAWS = 2000  # of the bootstrap
@@ -46,6 +46,10 @@ GROUPS: dict[str, list[str]] = {
     "antmaze-v2": [name for name in _d4rl if name.startswith("antmaze") and name.endswith("v2")],
     "adroit": [name for name in _d4rl if name.startswith("pen")],
     "kitchen": [name for name in _d4rl if name.startswith("kitchen")],
+    "ogbench-pointmaze": [f"pointmaze-{size}-navigate-singletask-v0" for size in ("medium", "large", "giant", "teleport")],
+    "ogbench-manipulation": [
+        f"{name}-play-singletask-v0" for name in ("cube-single", "cube-double", "scene", "puzzle-3x3", "puzzle-4x4")
+    ],
     "ogbench": [  # the default tasks of FQL's table
         f"{name}-singletask-v0"
         for name in (
@@ -160,6 +164,7 @@ class Run(NamedTuple):
     status: str  # "" or why it did not end as it should
     steps_per_epoch: int
     together: int  # models trained as one stack, in train_seconds
+    origin: str = ""  # of the data
 
 
 def read_table(file: Path) -> list[dict[str, str]]:
@@ -235,6 +240,7 @@ def read_runs(folder: Path) -> list[Run]:
                     ended["status"] if ended else "",
                     args["steps_per_epoch"],
                     len(settings) * args["num_seeds"],
+                    config["data"]["origin"],
                 )
                 key = run.task, run.method, seed
                 if key not in found or len(run.epochs) >= len(found[key].epochs):
@@ -257,13 +263,74 @@ def read_failures(folder: Path) -> dict[tuple[str, str], set[str]]:
 
 
 @functools.cache
+def published() -> list[dict[str, str]]:
+    """The rows of results/published.csv. Raises UserError if it is missing or not such a table."""
+    file = ROOT / "results" / "published.csv"
+    try:
+        rows = read_table(file)
+        for row in rows:
+            float(row["score"]), row["task"], row["method"], row["source"], row["spread"], row["updates"]
+        return rows
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise common.UserError(f"{file} cannot be read ({common.line(error)}): restore it from the repository") from None
+
+
 def paper_scores() -> dict[tuple[str, str], tuple[float, float | None]]:
     """The paper's cells: (task, method) -> (score, standard error)."""
     cells = {}
-    for row in read_table(ROOT / "results" / "paper_scores.csv"):
-        error = float(row["stderr"]) if row["stderr"] else None
-        cells.setdefault((row["task"], row["method"]), (float(row["score"]), error))
+    for row in published():
+        if row["source"].startswith("DTQL paper"):
+            error = float(row["spread"]) if row["spread"] else None
+            cells.setdefault((row["task"], row["method"]), (float(row["score"]), error))
     return cells
+
+
+AT_HOME = "data made at home with OGBench's own experts: another draw from the same distribution, not OGBench's file"
+# What else differs between a source's protocol and ours
+PROTOCOLS = {
+    "FQL": "success judged after the step (OGBench 1.1); its IQL has nets of 4 x 256 in manipulation, its IDQL those of IDQL",
+    "OptiFlow": "reruns of that paper's authors, 100 episodes",
+    "QC": "one evaluation of 50 episodes",
+    "QAM": "10 Qs, one evaluation of 50 episodes; actions in chunks of 5 in manipulation",
+    "CORL": "evaluated on 10 episodes, AntMaze 100",
+    "ReBRAC": "tuned for each task",
+}
+METRICS = {"success_last3": "mean of the last three evaluations", "score_best": "best evaluation of each seed"}
+METRICS["success_best"] = METRICS["score_best"]
+
+
+def numbered(task: str) -> str:
+    """A task as published tables name it: OGBench's default tasks with their number."""
+    if tasks.is_ogbench(task) and "singletask-v0" in task:
+        number = 1 if "maze" in task else 4 if task.startswith(("antsoccer", "puzzle-3x3", "puzzle-4x4")) else 2
+        return task.replace("singletask-v0", f"singletask-task{number}-v0")
+    return task
+
+
+def published_section(group: list[str], methods: list[str]) -> str:
+    """What others published of the same tasks and methods, with its source; the longest training of each source."""
+    rows, notes = [], []
+    for task, method in itertools.product(group, methods):
+        own = [row for row in published() if row["task"] == numbered(task) and not row["source"].startswith("DTQL paper")]
+        own = [row for row in own if row["method"].partition(" (")[0] == PAPER_NAMES.get(method)]
+        longest = collections.defaultdict(int)
+        for row in own:
+            key = row["source"], row["method"]
+            longest[key] = max(longest[key], int(row["updates"] or 0))
+        for row in own:
+            if int(row["updates"] or 0) < longest[row["source"], row["method"]]:
+                continue
+            spread = f" ± {float(row['spread']):g} ({row['spread_kind']})" if row["spread"] else ""
+            updates = f"{int(row['updates']):,}" if row["updates"] else "not stated"
+            remarks = [METRICS.get(row["metric"], ""), PROTOCOLS.get(row["source"].split()[0], ""), row["note"]]
+            mark = footnote(notes, "; ".join(filter(None, remarks)))
+            what = f"{float(row['score']):g}{spread} {mark}"
+            rows.append([f"`{task}`", row["method"], what, updates, row["seeds"] or "not stated", row["source"]])
+    if not rows:
+        return ""
+    text = "Published by others, for the same tasks and methods; protocols differ, so these are never averaged with ours:\n\n"
+    text += markdown(["task", "method", "score", "updates", "seeds", "source"], rows)
+    return text + "".join(f"\n[{number}] {note}\n" for number, note in enumerate(notes, 1)) + "\n"
 
 
 # ---- writing -----------------------------------------------------------------------------------------------------------
@@ -318,8 +385,9 @@ def group_section(
 ) -> str:
     """The table of a group beside the paper's numbers, its footnotes and its statistics."""
     paper, notes, rows, average = paper_scores(), [], [], ["average"]
-    published = [PAPER_NAMES.get(method) for method in methods]
-    published = [method for method in published if any((task, method) in paper for task in tasks)]
+    printed = [PAPER_NAMES.get(method) for method in methods]
+    printed = [method for method in printed if any((task, method) in paper for task in tasks)]
+    three = all(map(is_ogbench, tasks))  # there the mean of the last three evaluations is reported
     for task in tasks:
         row = [f"`{task}`"]
         for method in methods:
@@ -327,28 +395,32 @@ def group_section(
             marks = "".join(f" {footnote(notes, reason)}" for reason in sorted(failures.get((task, method), ())))
             if runs:
                 mean, error = mean_and_error(runs)
+                if any("made at home" in run.origin for run in runs):
+                    marks += f" {footnote(notes, AT_HOME)}"
                 marks = ("" if all(run.finished for run in runs) else " (unfinished)") + marks
                 row += [f"{mean:.1f} ± {error:.1f}{marks}", f"{np.mean([max(run.scores) for run in runs]):.1f}"]
+                row += [f"{np.mean([np.mean(run.scores[-3:]) for run in runs]):.1f}"] * three
             else:
-                row += [f"failed{marks}" if marks else "missing", "missing"]
-        for method in published:
+                row += [f"failed{marks}" if marks else "missing", "missing"] + ["missing"] * three
+        for method in printed:
             score, error = paper.get((task, method), (None, None))
             row.append("missing" if score is None else f"{score:g}" + (f" ± {error:g}" if error is not None else ""))
         rows.append(row)
     for method in methods:
-        for pick in ((lambda run: run.scores[-1]), (lambda run: max(run.scores))):
+        last_three = [lambda run: np.mean(run.scores[-3:])] * three
+        for pick in ((lambda run: run.scores[-1]), (lambda run: max(run.scores)), *last_three):
             means = [[pick(run) for run in cells.get((task, method), []) if run.scores] for task in tasks]
             average.append(f"{np.mean([np.mean(scores) for scores in means]):.1f}" if all(means) else "missing")
-    for method in published:
+    for method in printed:
         scores = [paper[task, method][0] for task in tasks if (task, method) in paper]
         mark = ""
         if tasks == GROUPS.get(name) and (name, method) in MISPRINTS:
             mark = f" {footnote(notes, f'{method}: {MISPRINTS[name, method]}')}"
         average.append(f"{np.mean(scores):.1f}{mark}" if len(scores) == len(tasks) else "missing")
-    columns = [column for method in methods for column in (f"{method}, last", "best")]
-    text = markdown(["task", *columns, *(f"paper: {method}" for method in published)], [*rows, average])
+    columns = [column for method in methods for column in (f"{method}, last", "best", *["mean of the last three"] * three)]
+    text = markdown(["task", *columns, *(f"paper: {method}" for method in printed)], [*rows, average])
     text += "".join(f"\n[{number}] {note}\n" for number, note in enumerate(notes, 1))
-    return f"## {name}\n\n{text}\n{statistics_section(tasks, methods, cells)}"
+    return f"## {name}\n\n{text}\n{published_section(tasks, methods)}{statistics_section(tasks, methods, cells)}"
 
 
 def score_matrices(
