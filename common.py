@@ -157,6 +157,15 @@ class Args:
         """Updates of the whole run."""
         return self.pretrain_steps + self.epochs * self.steps_per_epoch
 
+    def evaluated_at(self, step: int) -> bool:
+        """Whether an evaluation belongs after `step` updates: every `eval_every` training epochs and at the end."""
+        epoch, rest = divmod(step - self.pretrain_steps, self.steps_per_epoch)
+        return step == self.total_steps or rest == 0 and epoch > 0 and epoch % self.eval_every == 0
+
+    def phase(self, step: int) -> str | None:
+        """The phase that an evaluation after `step` updates belongs to, for methods that have several."""
+        return None
+
 
 def parse_args(cls: type, task_defaults: Callable[[str], dict[str, Any]], argv: Sequence[str] | None = None) -> Any:
     """Parse the command line into the dataclass `cls`, with the defaults of the given task.

@@ -43,15 +43,17 @@ class _Shard:
             np.stack([self._checked(index, self.envs[index].reset(seed=int(seed))[0]) for index, seed in zip(indices, seeds)]),
         )
 
-    def step(self, indices: Sequence[int], actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        obs, rewards, terminated, truncated, _ = zip(
+    def step(self, indices: Sequence[int], actions: np.ndarray) -> tuple[np.ndarray, ...]:
+        obs, rewards, terminated, truncated, infos = zip(
             *(self.envs[index].step(a) for index, a in zip(indices, actions)), strict=True
         )
         obs = np.stack([self._checked(index, one) for index, one in zip(indices, obs)])
         rewards = np.array(rewards, np.float64)
         if rewards.shape != (len(obs),) or not np.isfinite(rewards).all():
             raise EnvironmentFailure(f"the environment gave a reward that is not one finite number: {rewards[0]}")
-        return obs, rewards, np.logical_or(terminated, truncated)
+        # OGBench's evaluation counts successes, while its data have other rewards
+        data_rewards = np.array([info.get("data_reward", reward) for info, reward in zip(infos, rewards)])
+        return obs, rewards, np.logical_or(terminated, truncated), np.array(terminated, bool), data_rewards
 
     def _checked(self, index: int, obs: Any) -> np.ndarray:
         expected = self.envs[index].observation_space.shape
@@ -160,8 +162,11 @@ class LockstepEnvs:
         """Start an episode in the copies `indices` (m,), sorted, with `seeds` (m,): observations (m, S)."""
         return self._call("reset", indices, seeds)[0]
 
-    def step(self, indices: np.ndarray, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Step the copies `indices` (m,), sorted, with `actions` (m, A): obs (m, S), rewards (m,), done (m,)."""
+    def step(self, indices: np.ndarray, actions: np.ndarray) -> tuple[np.ndarray, ...]:
+        """Step the copies `indices` (m,), sorted, with `actions` (m, A).
+
+        Returns obs (m, S), rewards (m,), done (m,), terminated (m,) and the rewards that the data have (m,).
+        """
         return self._call("step", indices, actions)
 
     def close(self) -> None:
@@ -231,7 +236,7 @@ def run_episodes(envs: LockstepEnvs, act: Callable[[np.ndarray], np.ndarray], se
             column = np.tril(model[:, None] == model, -1).sum(1)
             batch = np.zeros((num_models, column.max() + 1, obs.shape[1]), np.float32)
             batch[model, column] = obs[running]
-            obs[running], rewards, done = envs.step(running, act(batch)[model, column])
+            obs[running], rewards, done, *_ = envs.step(running, act(batch)[model, column])
             returns[episode[running]] += rewards
             lengths[episode[running]] += 1
             finished = running[done]

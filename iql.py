@@ -141,7 +141,7 @@ def mlp(inputs: int, outputs: int, layers: int) -> nn.Sequential:
 class Critic(nn.Module):
     """Q(s, a), of which there are two: obs (K, B, S), actions (K, B, A) -> (K, 2, B)."""
 
-    def __init__(self, obs_dim: int, action_dim: int, layers: int):
+    def __init__(self, obs_dim: int, action_dim: int, layers: int = 2):
         super().__init__()
         self.net = mlp(obs_dim + action_dim, 1, layers)
 
@@ -152,7 +152,7 @@ class Critic(nn.Module):
 class Value(nn.Module):
     """V(s): obs (K, B, S) -> (K, B)."""
 
-    def __init__(self, obs_dim: int, layers: int):
+    def __init__(self, obs_dim: int, layers: int = 2):
         super().__init__()
         self.net = mlp(obs_dim, 1, layers)
 
@@ -163,7 +163,7 @@ class Value(nn.Module):
 class GaussianActor(nn.Module):
     """a ~ N(tanh(MLP(s)), std^2), std independent of the state: obs (K, B, S) -> mean (K, B, A), log_std (K, 1, A)."""
 
-    def __init__(self, obs_dim: int, action_dim: int, layers: int):
+    def __init__(self, obs_dim: int, action_dim: int, layers: int = 2):
         super().__init__()
         self.net = mlp(obs_dim, action_dim, layers)
         self.log_std = nn.Parameter(torch.zeros(action_dim))

@@ -68,6 +68,7 @@ class Run:
         self.rows: list[dict[str, Any]] = []  # of eval.csv
         self.episodes: list[dict[str, Any]] = []  # one entry per evaluation: its returns, scores and lengths (K, E)
         self.saved_at, self.save_seconds = time.perf_counter(), 0.0
+        self.before_save: Callable[[Path], None] | None = None  # writes what a method keeps beside the checkpoint
         data = {"origin": task.origin, "transitions": len(task.obs), "fingerprint": task.fingerprint(), "score": task.score_name}
         if args.resume is not None:
             self.dir = Path(args.resume)
@@ -183,20 +184,21 @@ class Run:
             self.excepthook(error)
 
     @property
-    def epoch(self) -> int:
-        """Training epochs begun so far; negative during pretraining."""
-        return (self.step - self.args.pretrain_steps) // self.args.steps_per_epoch
+    def epoch(self) -> int | float:
+        """Training epochs so far, a whole number at their ends; negative during pretraining."""
+        epochs = (self.step - self.args.pretrain_steps) / self.args.steps_per_epoch
+        return int(epochs) if epochs == int(epochs) else epochs
 
     def evaluation_due(self) -> bool:
-        """Whether an evaluation belongs here and has not been done: every `eval_every` training epochs and at the end."""
-        begins = self.step % self.args.steps_per_epoch == 0 and self.epoch >= 0
-        due = self.step == self.total_steps or self.epoch > 0 and self.epoch % self.args.eval_every == 0
-        return bool(self.task.make_env) and begins and due and not any(row["epoch"] == self.epoch for row in self.rows)
+        """Whether an evaluation belongs here and has not been done."""
+        due = bool(self.task.make_env) and self.args.evaluated_at(self.step)
+        return due and not any(row["epoch"] == self.epoch for row in self.rows)
 
     def until_log(self) -> int:
-        """Updates until the metrics should be logged."""
+        """Updates until the metrics should be logged or an evaluation is due."""
         within = self.step % self.args.steps_per_epoch
-        return min(self.args.steps_per_epoch - within, LOG_EVERY - within % LOG_EVERY)
+        most = min(self.args.steps_per_epoch - within, LOG_EVERY - within % LOG_EVERY)
+        return next((n for n in range(1, most) if self.args.evaluated_at(self.step + n)), most)
 
     def advance(self, metrics: dict[str, torch.Tensor]) -> None:
         """Count one more update and add up its metrics. Raises Interrupted if a signal has arrived."""
@@ -240,11 +242,13 @@ class Run:
         """Run the evaluation's episodes with `act`; write eval.csv, episodes.csv, TensorBoard and a checkpoint."""
         self.save()  # nothing that was trained is lost, whatever the environment does
         args = self.args
-        returns, scores, lengths, seconds = evaluate(self.task, self.envs, act, args, self.epoch, self.device)
+        number = self.epoch if isinstance(self.epoch, int) else self.step  # of this evaluation: gives its episodes' seeds
+        returns, scores, lengths, seconds = evaluate(self.task, self.envs, act, args, number, self.device)
         rows = [
             dict(zip(EVAL_FIELDS, (self.epoch, seed, float(returns[i].mean()), float(returns[i].std()), float(scores[i].mean()),
                                    float(scores[i].std()), float(lengths[i].mean()), args.eval_episodes,
                                    round(self.train_seconds, 3), seconds)))
+            | ({"phase": args.phase(self.step)} if args.phase(self.step) else {})
             | ({"setting": args.labels[i]} if args.labels[i] else {})
             for i, seed in enumerate(args.model_seeds)
         ]  # fmt: skip
@@ -265,9 +269,9 @@ class Run:
     def _write_tables(self) -> None:
         labels = self.args.labels
         setting = ("setting",) if labels[0] else ()  # if several are trained at once
-        write_atomically(self.dir / "eval.csv", common.to_csv((*EVAL_FIELDS, *setting), self.rows))
+        write_atomically(self.dir / "eval.csv", common.to_csv(list(self.rows[0]), self.rows))
         rows = [
-            {"epoch": int(entry["epoch"]), "seed": self.args.model_seeds[i], "episode": episode}
+            {"epoch": entry["epoch"].item(), "seed": self.args.model_seeds[i], "episode": episode}
             | {name: entry[name][i, episode].item() for name in ("return", "score", "length")}
             | {name: labels[i] for name in setting}
             for entry in self.episodes
@@ -280,6 +284,8 @@ class Run:
         if self.saved_step == self.step and self.saved_rows == len(self.rows):
             return
         start, state = time.perf_counter(), stacked.state_of(self.agent)
+        if self.before_save:
+            self.before_save(self.dir)
         if not all(bool(value.isfinite().all()) for value in state.values()):
             raise self._diverged("a parameter is no longer finite")
         names = ("exp_name", "step", "logged_step", "train_seconds", "sums", "rows", "episodes")

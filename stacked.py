@@ -103,7 +103,11 @@ class Transitions:
 
     def batch(self, indices: Tensor) -> Batch:
         """The transitions at `indices`, of any shape."""
-        obs, actions, rewards, terminals, next_obs = self.rows[indices].split(self.widths, -1)
+        return self.columns(self.rows[indices])
+
+    def columns(self, rows: Tensor) -> Batch:
+        """Rows (..., W) of the matrix as a minibatch."""
+        obs, actions, rewards, terminals, next_obs = rows.split(self.widths, -1)
         return Batch(obs, actions, rewards.squeeze(-1), terminals.squeeze(-1), next_obs)
 
     def sample(self, *shape: int) -> Batch:

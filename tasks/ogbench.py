@@ -57,9 +57,9 @@ class OGBenchEnv(gym.Wrapper):
 
     def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
         with self._own_randomness():
-            obs, _, terminated, truncated, info = self.env.step(action)
+            obs, reward, terminated, truncated, info = self.env.step(action)
         solved = bool(info["success"])
-        return obs, float(solved), terminated or solved, truncated, info
+        return obs, float(solved), terminated or solved, truncated, {**info, "data_reward": reward}
 
 
 def register() -> None:

@@ -415,4 +415,4 @@ def test_the_default_suite_is_the_three_mazes():
     assert {job.task for job in jobs} == set(tasks.POINTMAZES) and len(jobs) == 3 * len(benchmark.methods())
     assert all(job.num_seeds == 3 and Path(job.folder).is_absolute() for job in jobs)
     assert len(benchmark.expand_tasks(["paper", "gym", "hopper-medium-v2"])) == 20
-    assert (ROOT / "results" / "paper_scores.csv").exists()
+    assert (ROOT / "results" / "published.csv").exists()

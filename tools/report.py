@@ -26,6 +26,7 @@ DRAWS = 2000  # of the bootstrap
 PULLS, REPEATS, POLICIES = 200, 1000, 8  # of the evaluation budget: episodes, repetitions, policies to choose among
 PAPER_NAMES = {
     "dtql_continuous": "DTQL",
+    "dtql_online": "DTQL, online",
     "kl_distill": "DTQL with KL loss",
     "bc": "BC",
     "iql": "IQL",
@@ -152,7 +153,7 @@ class Run(NamedTuple):
     task: str
     method: str
     seed: int
-    epochs: list[int]
+    epochs: list[float]
     scores: list[float]
     train_seconds: float
     eval_seconds: float  # all evaluations together
@@ -165,6 +166,7 @@ class Run(NamedTuple):
     steps_per_epoch: int
     together: int  # models trained as one stack, in train_seconds
     origin: str = ""  # of the data
+    online_from: float | None = None  # epochs of the offline phase, where another follows
 
 
 def read_table(file: Path) -> list[dict[str, str]]:
@@ -228,19 +230,21 @@ def read_runs(folder: Path) -> list[Run]:
                     args["env_id"],
                     " ".join(filter(None, (config["exp_name"], flags, setting))),
                     seed,
-                    [int(row["epoch"]) for row in own],
+                    [float(row["epoch"]) for row in own],
                     [float(row["score_mean"]) for row in own],
                     float(own[-1]["train_seconds"]) if own else 0.0,
                     sum(float(row["eval_seconds"]) for row in own),
                     np.array([float(row["score"]) for row in episodes if row["epoch"] == last and of_this(row)]),
-                    (int(last or 0) + sum(args.get(name, 0) for name in PRETRAINING)) * args["steps_per_epoch"],
+                    round((float(last or 0) + sum(args.get(name, 0) for name in PRETRAINING)) * args["steps_per_epoch"]),
                     config["device"],
                     config.get("started", "")[:10],
-                    bool(own) and int(own[-1]["epoch"]) == args["epochs"],
+                    bool(own)
+                    and float(own[-1]["epoch"]) == args["epochs"] + args.get("online_steps", 0) / args["steps_per_epoch"],
                     ended["status"] if ended else "",
                     args["steps_per_epoch"],
                     len(settings) * args["num_seeds"],
-                    config["data"]["origin"],
+                    config.get("data", {}).get("origin", ""),
+                    args["epochs"] if "online_steps" in args else None,
                 )
                 key = run.task, run.method, seed
                 if key not in found or len(run.epochs) >= len(found[key].epochs):
@@ -461,6 +465,26 @@ def statistics_section(tasks: list[str], methods: list[str], cells: dict[tuple[s
     return text + "\n"
 
 
+def online_section(cells: dict[tuple[str, str], list[Run]]) -> str:
+    """Scores at the end of the offline phase and along the online one, and regret: 1 - mean score / 100 over the online phase."""
+    rows = []
+    for (task, method), runs in cells.items():
+        ended = [run for run in runs if run.online_from is not None and run.finished and run.epochs[-1] > run.online_from]
+        if ended:
+            x = np.array([epoch for epoch in ended[0].epochs if epoch >= ended[0].online_from])
+            scores = np.array([run.scores[-len(x) :] for run in ended])
+            mean = np.trapezoid(scores.mean(0) / 100, x) / (x[-1] - x[0])
+            rows.append(
+                [f"`{task}`", method, len(ended), *(f"{score:.1f}" for score in scores.mean(0)[[0, -1]]), f"{1 - mean:.3f}"]
+            )
+            rows[-1][4:4] = [" / ".join(f"{score:.1f}" for score in scores.mean(0)[1:-1])]
+    if not rows:
+        return ""
+    head = ["task", "method", "runs", "end of offline", "after 1/8, 1/4 and 1/2 of the steps", "after all", "regret"]
+    text = "## Online\n\nMean scores over the runs; regret is 1 - mean score / 100 over the online phase.\n\n"
+    return text + markdown(head, rows) + "\n"
+
+
 def time_section(cells: dict[tuple[str, str], list[Run]]) -> str:
     """What the runs took, and where."""
     rows = []
@@ -494,6 +518,9 @@ def draw_curves(tasks: list[str], methods: list[str], cells: dict[tuple[str, str
             updates = np.array(runs[0].epochs[:length]) * runs[0].steps_per_epoch
             (lines[method],) = axes.plot(updates, scores.mean(0), marker="o", markersize=3, color=f"C{color}")
             axes.fill_between(updates, scores.min(0), scores.max(0), color=f"C{color}", alpha=0.2)
+        for start in {run.online_from * run.steps_per_epoch for (name, _), runs in cells.items() if name == task for run in runs
+                      if run.online_from is not None}:  # fmt: skip
+            axes.axvline(start, color="grey", linestyle=":", label="online")
         axes.set(title=task, xlabel="training updates", ylabel="score", xlim=(0, None))
         axes.grid(alpha=0.3)
     for axes in figure.axes[len(tasks) :]:
@@ -575,6 +602,6 @@ def write_report(folder: Path, expected: Iterable[tuple[str, str]] = ()) -> Path
                 "What is deployed if the seed that looks best is chosen after so many evaluation episodes (a UCB bandit over the "
                 "seeds, mean over the tasks):\n\n![Evaluation budget](budget.png)\n\n"
             )
-    text += time_section(cells)
+    text += online_section(cells) + time_section(cells)
     common.write_atomically(folder / "report.md", text.encode())
     return folder / "report.md"
