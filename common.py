@@ -409,7 +409,7 @@ def load_policy(
             check(name in saved["agent"], f"{checkpoint} has no {name}: it is of another version of {saved['exp_name']}.py")
             value.copy_(saved["agent"][name][index : index + 1] if name in params else saved["agent"][name])
     check(all(bool(param.isfinite().all()) for param in params.values()), f"{checkpoint} holds NaN or infinity: train again")
-    generator = torch.Generator(device).manual_seed(seed)
+    generator, plan = torch.Generator(device).manual_seed(seed), []  # what is left of a chunk of actions
 
     def act(obs: np.ndarray) -> np.ndarray:
         obs = np.asarray(obs, np.float32)
@@ -419,8 +419,12 @@ def load_policy(
             f"observations have shape {obs.shape}, not {shape} or (B, *{shape})",
         )
         check(bool(np.isfinite(obs).all()), "observations must be finite, but some are NaN or infinite")
-        actions = agent.act(torch.as_tensor(np.atleast_2d(obs)[None], device=device), generator)[0]
-        return evaluation.to_env_units(actions.cpu().numpy().reshape(*obs.shape[:-1], -1), low, high)
+        if plan and plan[0].shape[:-1] == obs.shape[:-1]:
+            return plan.pop(0)
+        actions = agent.act(torch.as_tensor(np.atleast_2d(obs)[None], device=device), generator)[0].cpu().numpy()
+        plan[:] = evaluation.to_env_units(np.moveaxis(actions.reshape(*obs.shape[:-1], -1, len(low)), -2, 0), low, high)
+        return plan.pop(0)
 
+    act.reset = plan.clear  # an episode begins
     act.about = {"seed": args.seed, **{name: args.values(name)[0] for name in args.sweep}}
     return act

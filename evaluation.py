@@ -208,12 +208,14 @@ def reported(state: Callable[[], str]) -> Iterator[None]:
         ended.set()
 
 
-def run_episodes(envs: LockstepEnvs, act: Callable[[np.ndarray], np.ndarray], seeds: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def run_episodes(
+    envs: LockstepEnvs, act: Callable[[np.ndarray], np.ndarray], seeds: np.ndarray, chunk: int = 1
+) -> tuple[np.ndarray, np.ndarray]:
     """Run one episode for every model and seed, in lock-step; every episode that starts counts once.
 
     Args:
         envs: the copies; copy c runs the episodes c, c + copies, c + 2 copies, ... one after another.
-        act: observations (K, m, S) to actions (K, m, A) in the environment's units.
+        act: observations (K, m, S) to actions (K, m, A) in the environment's units; the next `chunk` ones, (K, m, chunk, A).
         seeds: (K, E) seeds of the episodes.
 
     Returns:
@@ -225,18 +227,27 @@ def run_episodes(envs: LockstepEnvs, act: Callable[[np.ndarray], np.ndarray], se
     running = episode.copy()
     obs = envs.reset(running, queue[episode])
     returns, lengths = np.zeros(len(queue)), np.zeros(len(queue), int)
+    plans = None  # the actions of each copy, (copies, chunk, A), of which the one at its episode's step modulo `chunk` is next
     progress = tqdm(total=len(queue), unit="episode", desc="evaluating", leave=False, mininterval=1)
     with (
         progress,
         reported(lambda: f"evaluating: {progress.n} of {len(queue)} episodes ended, {lengths.sum():,} steps"),
     ):
         while len(running):
-            # Pack the observations into a rectangle (K, m, S); a model with fewer running episodes has unused rows
-            model = episode[running] % num_models
-            column = np.tril(model[:, None] == model, -1).sum(1)
-            batch = np.zeros((num_models, column.max() + 1, obs.shape[1]), np.float32)
-            batch[model, column] = obs[running]
-            obs[running], rewards, done, *_ = envs.step(running, act(batch)[model, column])
+            place = lengths[episode[running]] % chunk
+            asking = running[place == 0]
+            if len(asking):
+                # Pack the observations into a rectangle (K, m, S); a model with fewer running episodes has unused rows
+                model = episode[asking] % num_models
+                column = np.tril(model[:, None] == model, -1).sum(1)
+                batch = np.zeros((num_models, column.max() + 1, obs.shape[1]), np.float32)
+                batch[model, column] = obs[asking]
+                actions = act(batch)
+                actions = actions.reshape(*actions.shape[:2], chunk, -1)
+                if plans is None:
+                    plans = np.zeros((envs.num_copies, *actions.shape[2:]), actions.dtype)
+                plans[asking] = actions[model, column]
+            obs[running], rewards, done, *_ = envs.step(running, plans[running, place])
             returns[episode[running]] += rewards
             lengths[episode[running]] += 1
             finished = running[done]

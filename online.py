@@ -24,7 +24,7 @@ class Replay(nn.Module):
         self.data, device = data, data.rows.device
         self.rows = torch.zeros(num_models, max(1, steps), data.rows.shape[1], device=device)
         self.register_buffer("size", torch.zeros((), dtype=torch.long, device=device))
-        self.register_buffer("episode_steps", torch.zeros(num_models, dtype=torch.long))  # of the episodes that run
+        self.register_buffer("episode_steps", torch.zeros(num_models, dtype=torch.long, device=device))  # of each running episode
 
     def sample(self, num_models: int, batch_size: int, ratio: float | None = None) -> Batch:
         """Minibatches (K, B), with static shapes; `ratio`: the share of the data, else all transitions are equally likely."""
@@ -49,7 +49,7 @@ class Online:
     def __init__(self, agent: Any, task: Any, transform: Callable[[np.ndarray], np.ndarray], run_dir: Path):
         """agent: with `replay` and `explore(obs (K, 1, S), generator) -> actions (K, 1, A)`. transform: of the rewards."""
         self.agent, self.task, self.transform, self.replay, self.saved = agent, task, transform, agent.replay, 0
-        self.size, self.steps = int(self.replay.size), self.replay.episode_steps.numpy()
+        self.size, self.steps = int(self.replay.size), self.replay.episode_steps.cpu().numpy().copy()
         self.everyone, self.generator = np.arange(len(self.steps)), torch.default_generator
         if agent.device.type == "cuda":
             self.generator = torch.cuda.default_generators[torch.cuda.current_device()]
@@ -79,6 +79,7 @@ class Online:
         self.replay.size.fill_(self.size)
         self.steps += 1
         self.steps[done], self.obs = 0, next_obs
+        self.replay.episode_steps.copy_(torch.as_tensor(self.steps))
         if done.any():
             self.obs[done] = self.envs.reset(self.everyone[done], self.seeds(self.everyone[done]))
 

@@ -37,15 +37,15 @@ def evaluate(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, float]:
     """Returns, scores and lengths (K, E) of an evaluation's episodes, and its seconds. Does not affect training."""
     start, entropy = time.perf_counter(), np.random.SeedSequence([args.seed, epoch]).generate_state(1, np.uint64)[0]
-    generator = torch.Generator(device).manual_seed(int(entropy))
+    generator, chunk = torch.Generator(device).manual_seed(int(entropy)), getattr(args, "chunk", 1)
 
     def act_in_env(obs: np.ndarray) -> np.ndarray:
         check_stop()
         actions = act(torch.as_tensor(obs, device=device), generator).cpu().numpy()
-        return evaluation.to_env_units(actions, task.action_low, task.action_high)
+        return evaluation.to_env_units(actions.reshape(*obs.shape[:2], chunk, -1), task.action_low, task.action_high)
 
     seeds = evaluation.episode_seeds(args.model_seeds, epoch, args.eval_episodes)
-    returns, lengths = evaluation.run_episodes(envs, act_in_env, seeds)
+    returns, lengths = evaluation.run_episodes(envs, act_in_env, seeds, chunk)
     return returns, np.asarray(task.score(returns), np.float64), lengths, time.perf_counter() - start
 
 

@@ -41,6 +41,12 @@ class Task(NamedTuple):
     action_low: np.ndarray | None = None  # (A,) bounds, of the environment if there is one
     action_high: np.ndarray | None = None
 
+    @property
+    def ends(self) -> np.ndarray:
+        """Whether a row is the last of its trajectory, (N,): the next one does not begin at its next_obs (by more than 1e-6)."""
+        jumps = np.linalg.norm(self.obs[1:].astype(np.float64) - self.next_obs[:-1], axis=1) > 1e-6
+        return np.append(jumps, True)
+
     def fingerprint(self) -> int:
         """Checksum of the transitions, to see on `--resume` that they are the same."""
         return functools.reduce(lambda crc, array: zlib.crc32(np.ascontiguousarray(array), crc), self[:5], 0)
@@ -178,10 +184,8 @@ def temporary_files_removed() -> Iterator[None]:
 
 
 def episode_starts(task: Task) -> np.ndarray:
-    """The first row of each episode, as IQL counts them: after a terminal, and where a row does not begin at the next_obs of
-    the one before (by more than 1e-6)."""
-    jumps = np.linalg.norm(task.obs[1:].astype(np.float64) - task.next_obs[:-1], axis=1) > 1e-6
-    return np.concatenate(([0], np.flatnonzero((task.terminals[:-1] == 1) | jumps) + 1))
+    """The first row of each episode, as IQL counts them: after a terminal, and where a trajectory ends."""
+    return np.concatenate(([0], np.flatnonzero((task.terminals == 1) | task.ends)[:-1] + 1))
 
 
 def return_range(task: Task) -> float:

@@ -40,6 +40,8 @@ OWN = {
     "diffusion_epochs": 1,
     "critic_epochs": 1,
     "diffusion_batch_size": 32,
+    "online_steps": 20,
+    "chunk": 1,
 }
 VARIANTS = [  # each method, and what its flags change in losses and updates
     *((module, {}) for module in METHODS),
@@ -54,6 +56,8 @@ VARIANTS = [  # each method, and what its flags change in losses and updates
             ("iql", {"dropout": 0.1}),
             ("dql", {"max_q_backup": True}),
             ("fql", {"normalize_q": True, "q_target": "min"}),
+            ("dtql_chunk", {"chunk": 3}),
+            ("fan", {"critic": "q", "normalize_q": True}),
         )
     ),
 ]
@@ -171,7 +175,8 @@ def make_agent(num_seeds: int = 1, obs_dim: int = 3, action_dim: int = 2, rows: 
     ]
     settings = {**TINY, **own(module), "num_seeds": num_seeds, "cuda": device == "cuda", **changes}
     data = stacked.Transitions(*(array.astype(np.float32) for array in arrays), torch.device(device))
-    return agent_class(module)(module.Args(**settings), obs_dim, action_dim, torch.device(device), data)
+    extra = {"ends": torch.as_tensor(arrays[3], dtype=torch.float32, device=device)} if "chunk" in settings else {}
+    return agent_class(module)(module.Args(**settings), obs_dim, action_dim, torch.device(device), data, **extra)
 
 
 def updates(agent) -> list:

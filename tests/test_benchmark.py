@@ -130,6 +130,33 @@ def test_report_of_made_up_runs(tmp_path):
         assert picture in text and (tmp_path / picture).stat().st_size > 5000
 
 
+def test_ogbench_is_reported_with_what_others_published(tmp_path, monkeypatch):
+    task = "cube-single-play-singletask-v0"  # whose published name is task2
+    run_dir = make_run(tmp_path, task, "fql", scores=(0.0, 30.0, 60.0, 90.0))
+    config = json.loads((run_dir / "config.json").read_text())
+    (run_dir / "config.json").write_text(json.dumps(config | {"data": {"origin": "x.npz (made at home, seed 0)"}}))
+    text = report.write_report(tmp_path).read_text()
+    row = table(text, "## ogbench-manipulation")[task]
+    assert row["fql, last"].startswith("90.0") and row["mean of the last three"] == "60.0" and "[1]" in row["fql, last"]
+    assert "not OGBench's file" in text
+    published = text[text.index("Published by others") :].splitlines()
+    (line,) = (line for line in published if "FQL paper T3" in line and line.startswith("|"))
+    assert "| FQL | 97 ± 2 (std)" in line and "| 1,000,000 | 8 |" in line
+    assert "mean of the last three evaluations" in "".join(published)
+    assert benchmark.expand_tasks(["cube-single-play-singletask-all"])[4] == "cube-single-play-singletask-task5-v0"
+    with pytest.raises(common.UserError, match="unknown task ant-play-singletask-all"):
+        benchmark.expand_tasks(["ant-play-singletask-all"])
+    for content in (None, "task,method\n1,2\n"):
+        monkeypatch.setattr(report, "ROOT", tmp_path)
+        report.published.cache_clear()
+        if content:
+            (tmp_path / "results").mkdir()
+            (tmp_path / "results" / "published.csv").write_text(content)
+        with pytest.raises(common.UserError, match="published.csv cannot be read"):
+            report.write_report(tmp_path)
+    report.published.cache_clear()
+
+
 def test_benchmarks_side_by_side_are_named_by_their_flags(tmp_path):
     for name, flags, score in (("with", [], 40.0), ("without", ["--no-nll"], 20.0)):
         make_run(tmp_path / name, method="dtql_continuous", scores=(score,))

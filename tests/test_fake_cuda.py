@@ -134,7 +134,7 @@ def test_acting_copies_observations_there_and_actions_back(module, changes, make
     with OnDevice(acting=True) as seen:
         obs = torch.as_tensor(np.zeros((agent.args.num_models, 5, 11), np.float32), device=agent.device)
         actions = agent.act(obs, None).cpu()
-    assert actions.shape == (agent.args.num_models, 5, 3) and seen.copies == 1
+    assert actions.shape == (agent.args.num_models, 5, 3 * getattr(agent.args, "chunk", 1)) and seen.copies == 1
 
 
 def test_an_update_is_prepared_on_the_device(make, monkeypatch, capsys):

@@ -12,6 +12,7 @@ from torch import Tensor
 import bc
 import dql
 import dtql_continuous as dtql
+import fan
 import fql
 import idql
 import iql
@@ -32,7 +33,7 @@ def one_batch(agent, rows: int = 64) -> tuple[Batch, Batch]:
 def twins(critic) -> list:
     """Both Qs of model 0, each (B, S), (B, A) -> (B,)."""
     nets = [plain(critic, 0, i) for i in (0, 1)]
-    return [lambda obs, actions, net=net: net(obs, actions).squeeze(0) for net in nets]
+    return [lambda *inputs, net=net: net(*inputs).squeeze(0) for net in nets]
 
 
 def assert_step_trains(agent, step: str, network: str, *inputs: Tensor) -> None:
@@ -796,6 +797,78 @@ def test_fqls_targets_follow_the_qs_from_before_the_step():
         old, target = before[f"critic.{name}"], before[f"target_critic.{name}"]
         assert not torch.equal(param, old)
         torch.testing.assert_close(agent.target_critic.get_parameter(name).data, target.lerp(old, 0.25))
+
+
+# ---- FAN ---------------------------------------------------------------------------------------------------------------
+
+
+def test_fans_anchor_is_least_where_the_flow_goes():
+    """A flow whose data are N(m, s^2) has a known velocity; the anchor of actions m + s z from noise z is 0, of others more."""
+    mean, std = 0.2, 0.5
+
+    def velocity(obs: torch.Tensor, x: torch.Tensor, time: torch.Tensor) -> torch.Tensor:
+        """The velocity along x_t = (1 - t) z + t (m + s z)."""
+        z = (x - time * mean) / (1 - time + time * std)
+        return mean + (std - 1) * z
+
+    noise, time = torch.randn(1, 1000, 2), torch.rand(1, 1000, 1)
+    on, off = (fan.FAN.anchor(velocity, None, mean + std * noise + shift, noise, time) for shift in (0, 0.3))
+    torch.testing.assert_close(on, torch.zeros_like(on), atol=1e-6, rtol=0)
+    slope = (std - 1) / (1 - time + time * std)  # of the velocity in x, which moves by t times the shift
+    torch.testing.assert_close(off, (0.3 * (1 - time * slope)).square().expand_as(off), atol=1e-5, rtol=1e-4)
+
+
+def test_fans_z_is_the_expectile_of_a_two_point_distribution(monkeypatch):
+    """Targets 0 and 1 with equal chance: the 0.9-expectile is 0.9."""
+    agent = make_agent(module=fan, kappa=0.9)
+    monkeypatch.setattr(
+        agent.target_critic, "forward", lambda obs, actions, noise: (noise[..., 0] > 0).float()[:, None].expand(-1, 2, -1)
+    )
+    z = torch.full((1, 2, 4000), 0.9, requires_grad=True)
+    monkeypatch.setattr(agent.upper, "forward", lambda *_: z)
+    batch = agent.data.batch(torch.zeros(1, 4000, dtype=torch.long))
+    noise = torch.cat((torch.ones(1, 2000, 2), -torch.ones(1, 2000, 2)), 1)
+    agent.upper_loss(batch, noise)[0].sum().backward()
+    assert abs(float(z.grad.sum())) < 1e-6 and float(z.grad.abs().sum()) > 0.01
+
+
+@pytest.mark.parametrize("settings", [{}, {"critic": "q", "q_target": "min", "normalize_q": True}])
+def test_fans_losses_and_what_they_reach(settings):
+    agent = make_agent(module=fan, alpha1=2.0, alpha2=0.5, **settings)
+    stacked_batch, batch = one_batch(agent)
+    noise, time = torch.randn(1, 5, 64, 2), torch.rand(1, 3, 64, 1)
+    actor, flow, (n0, n1, n2, n3, n4), (t0, t1, t2) = plain(agent.actor, 0), plain(agent.flow, 0), noise[0], time[0]
+    qs, targets, zs = (twins(getattr(agent, name)) for name in ("critic", "target_critic", "upper"))
+    noisy, anchor = not settings, lambda obs, a, z, t: (flow(obs, (1 - t) * z + t * a, t) - (a - z)) ** 2
+    with torch.no_grad():
+        next_actions = actor(batch.next_obs, n0).clamp(-1, 1)
+        next_z = torch.stack([z(batch.next_obs, next_actions) for z in (zs if noisy else targets)])
+        penalty = anchor(batch.next_obs, next_actions, n0, t0).sum(-1)
+        target = batch.rewards + 0.99 * (1 - batch.terminals) * ((next_z.mean(0) if noisy else next_z.amin(0)) - 0.5 * penalty)
+        see = lambda n: (n,) if noisy else ()
+        critic = sum(((q(batch.obs, batch.actions, *see(n0)) - target) ** 2).mean() for q in qs) / 2  # the noise of a'
+        clone = anchor(batch.obs, batch.actions, n1, t1).mean()
+        actions = actor(batch.obs, n2)
+        terms = [torch.stack([q(batch.obs, actions.clamp(-1, 1), *see(n3)) for q in qs]).mean(0)]
+        terms += [torch.stack([z(batch.obs, actions.clamp(-1, 1)) for z in zs]).mean(0)] if noisy else []
+        climb = sum(term.mean() / (1 if noisy else term.abs().mean() + 1e-6) for term in terms)
+        expected = critic + clone + 2 * anchor(batch.obs, actions, n2, t2).mean() - climb
+        if noisy:
+            q = torch.stack([q(batch.obs, batch.actions, n4) for q in targets]).mean(0)
+            u = torch.stack([q - z(batch.obs, batch.actions) for z in zs])
+            expected += ((0.9 - (u < 0).float()).abs() * u**2).mean()
+    loss, _ = agent.loss(stacked_batch, noise, time)
+    torch.testing.assert_close(loss[0], expected, rtol=1e-4, atol=1e-5)
+    parts = {
+        "critic": agent.critic_loss(stacked_batch, noise[:, 0], time[:, 0]),
+        "flow": agent.flow_loss(stacked_batch, noise[:, 1], time[:, 1]),
+        "actor": agent.actor_loss(stacked_batch, noise[:, 2], time[:, 2], noise[:, 3]),
+        **({"upper": agent.upper_loss(stacked_batch, noise[:, 4])} if noisy else {}),
+    }
+    for network, (part, _) in parts.items():
+        trained = {name: param for name, param in agent.named_parameters() if param.requires_grad}
+        gradients = torch.autograd.grad(part.sum(), list(trained.values()), allow_unused=True)
+        assert {name.split(".")[0] for name, gradient in zip(trained, gradients) if gradient is not None} == {network}
 
 
 # ---- SRPO --------------------------------------------------------------------------------------------------------------

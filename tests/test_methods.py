@@ -156,7 +156,9 @@ def test_actions_do_not_depend_on_how_many_states_are_given(module, changes):
     obs = torch.randn(2, 70, 3)
     act = lambda obs: agent.act(obs, torch.Generator().manual_seed(1))
     actions = act(obs)
-    assert actions.shape == (2, 70, 2) and actions.abs().max() <= 1 and not actions.requires_grad
+    assert (
+        actions.shape == (2, 70, 2 * getattr(agent.args, "chunk", 1)) and actions.abs().max() <= 1 and not actions.requires_grad
+    )
     torch.testing.assert_close(act(obs[:, :40]), actions[:, :40])
 
 

@@ -10,6 +10,7 @@ from torch.utils._pytree import tree_leaves
 
 import dtql_continuous as dtql
 import stacked
+from tools import import_method
 
 
 class Tape(TorchDispatchMode):
@@ -57,6 +58,19 @@ def trained(monkeypatch, graph: bool, module=dtql, change=lambda agent, update: 
 def test_replayed_and_eager_updates_are_the_same_to_the_bit(module, changes, monkeypatch, capsys):
     ends = [trained(monkeypatch, graph, module, **changes) for graph in (False, True)]
     assert "note:" not in capsys.readouterr().err  # not a fallback
+    torch.testing.assert_close(ends[1], ends[0], rtol=0, atol=0)
+
+
+def test_the_online_phase_can_be_captured(monkeypatch, capsys):
+    def start_online(agent, update):
+        agent.replay.rows[:, :20] = agent.data.rows[:20]
+        agent.replay.size.fill_(20)
+        agent.start_online()
+        return update
+
+    module = import_method("dtql_online")
+    ends = [trained(monkeypatch, graph, module, start_online, critic="td", offline_ratio=0.5) for graph in (False, True)]
+    assert "note:" not in capsys.readouterr().err
     torch.testing.assert_close(ends[1], ends[0], rtol=0, atol=0)
 
 

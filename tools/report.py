@@ -27,6 +27,7 @@ PULLS, REPEATS, POLICIES = 200, 1000, 8  # of the evaluation budget: episodes, r
 PAPER_NAMES = {
     "dtql_continuous": "DTQL",
     "dtql_online": "DTQL, online",
+    "dtql_chunk": "DTQL, chunks",
     "kl_distill": "DTQL with KL loss",
     "bc": "BC",
     "iql": "IQL",
@@ -34,6 +35,7 @@ PAPER_NAMES = {
     "dql": "DQL",
     "srpo": "SRPO",
     "fql": "FQL",
+    "fan": "FAN",
 }
 PRETRAINING = ("pretrain_epochs", "diffusion_epochs", "critic_epochs")  # of the scripts that have it
 STATUS_FILE = "status.json"  # beside the folder of a run of benchmark.py: how it ended

@@ -70,6 +70,8 @@ def simulation(env: gym.Env) -> tuple[Any, Any]:
 def episode(env: gym.Env, act: Callable[[np.ndarray], np.ndarray], seed: int) -> Iterator[float]:
     """Run one episode; yields the reward of each step, 0 after the reset."""
     obs, _ = env.reset(seed=seed)
+    if hasattr(act, "reset"):
+        act.reset()
     done, reward = False, 0.0
     yield reward
     while not done:

@@ -1,0 +1,454 @@
+"""DTQL over chunks of actions: `dtql_continuous.py` with h actions at once, as Q-chunking does (QC, Li et al. 2025).
+
+The policies choose h actions, which are carried out one after another; Q judges all h, on h-step returns. Sequences never cross
+a trajectory's end: what lies behind it is masked. With `--chunk 1` this is `dtql_continuous.py`, of which the paper says:
+
+A diffusion policy only clones behaviour; a one-step policy is deployed. The one-step policy maximises an IQL critic
+and is held near the data by a diffusion trust-region loss. Equation, section and appendix numbers are those of Chen,
+Wang and Zhou, "Diffusion Policies Creating a Trust Region for Offline Reinforcement Learning" (2024).
+
+Shapes: K models with minibatches of B; obs (K, B, S), actions (K, B, h A) in [-1, 1], valid (K, B, h), sigma (K, B, 1),
+rewards, terminals and V (K, B), both Qs (K, 2, B). The networks are written for one model and stacked; a loss is (K,), one
+value per model.
+"""
+
+import copy
+import functools
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+import common
+import evaluation
+import stacked
+import tasks
+from best_of import BestOf, repeat_states
+from common import check
+from run_folder import Run
+from stacked import LayerNorm, Linear, Metrics, Mish, Transitions
+
+
+@dataclass
+class Args(common.Args):
+    """DTQL over chunks of actions. The defaults shown are those of the given task (Table 4 of the paper)."""
+
+    sweep = ("alpha", "expectile")
+
+    # Algorithm specific arguments
+    chunk: int = 5
+    """actions that are chosen at once and carried out one after another"""
+    alpha: float | tuple[float, ...] = 1.0
+    """weight of the trust-region loss (Eq. 5)"""
+    expectile: float | tuple[float, ...] = 0.9
+    """expectile of the value loss, the paper's tau (Eq. 6)"""
+    nll: bool = True
+    """add the negative log-likelihood of the data's actions to the policy loss (Section 2.4)"""
+    policy: Literal["gaussian", "implicit"] = "gaussian"
+    """one-step policy: a tanh Gaussian, or a generator with the architecture of the diffusion policy"""
+    learning_rate: float = 3e-4
+    """of the diffusion policy and the one-step policy; Q and V always use 3e-4"""
+    lr_decay: bool = False
+    """decay all learning rates to 0 along a cosine over the training epochs"""
+    gamma: float = 0.99
+    """discount factor"""
+    tau: float = 0.005
+    """Polyak rate of the target Qs, the paper's 1 - rho"""
+    pretrain_epochs: int = 1
+    """epochs that train only the critic and the diffusion policy, before the training epochs"""
+    num_candidates: int = 1024
+    """actions sampled from the policy in each state, one of which is taken with probability softmax(Q) (Appendix D)"""
+
+    def check(self) -> None:
+        """Raise UserError for invalid settings."""
+        super().check()
+        check(1 <= self.chunk <= 1000, f"--chunk must lie in [1, 1000], not {self.chunk}")
+        check(all(0 <= alpha < math.inf for alpha in self.values("alpha")), f"--alpha must be at least 0, not {self.alpha}")
+        check(all(0 < tau < 1 for tau in self.values("expectile")), f"--expectile must lie in (0, 1), not {self.expectile}")
+        check(0 < self.learning_rate < math.inf, f"--learning-rate must be positive, not {self.learning_rate}")
+        check(0 <= self.gamma <= 1, f"--gamma must lie in [0, 1], not {self.gamma}")
+        check(0 < self.tau <= 1, f"--tau must lie in (0, 1], not {self.tau}")
+        check(0 <= self.pretrain_epochs <= 1e9, f"--pretrain-epochs must not be negative, not {self.pretrain_epochs}")
+        check(1 <= self.num_candidates <= 1e6, f"--num-candidates must be at least 1, not {self.num_candidates}")
+        if self.policy == "implicit":
+            check(not self.nll, "--policy implicit has no likelihood, which the NLL term needs: add --no-nll")
+
+
+# Table 4: alpha, expectile, NLL, training epochs, learning rate, lr decay
+TABLE_4 = {
+    "halfcheetah-medium-v2": (1, 0.7, False, 1000, 3e-4, False),
+    "halfcheetah-medium-replay-v2": (5, 0.7, False, 1000, 3e-4, False),
+    "halfcheetah-medium-expert-v2": (50, 0.7, False, 1000, 3e-4, False),
+    "hopper-medium-v2": (5, 0.7, False, 1000, 1e-4, True),
+    "hopper-medium-replay-v2": (5, 0.7, False, 1000, 3e-4, False),
+    "hopper-medium-expert-v2": (20, 0.7, False, 1000, 3e-4, False),
+    "walker2d-medium-v2": (5, 0.7, False, 1000, 3e-4, True),
+    "walker2d-medium-replay-v2": (5, 0.7, False, 1000, 3e-4, True),
+    "walker2d-medium-expert-v2": (5, 0.7, False, 1000, 3e-4, True),
+    "antmaze-umaze-v0": (1, 0.9, True, 500, 3e-4, False),
+    "antmaze-umaze-diverse-v0": (1, 0.9, True, 500, 3e-5, True),
+    "antmaze-medium-play-v0": (1, 0.9, True, 400, 3e-4, False),
+    "antmaze-medium-diverse-v0": (1, 0.9, True, 400, 3e-4, False),
+    "antmaze-large-play-v0": (1, 0.9, True, 350, 3e-4, False),
+    "antmaze-large-diverse-v0": (0.5, 0.9, True, 300, 3e-4, False),
+    "antmaze-umaze-v2": (1, 0.9, True, 500, 3e-4, False),
+    "antmaze-umaze-diverse-v2": (1, 0.9, True, 500, 3e-5, True),
+    "antmaze-medium-play-v2": (1, 0.9, True, 500, 3e-4, False),
+    "antmaze-medium-diverse-v2": (1, 0.9, True, 500, 3e-4, False),
+    "antmaze-large-play-v2": (1, 0.9, True, 500, 3e-4, False),
+    "antmaze-large-diverse-v2": (0.5, 0.9, True, 500, 3e-4, False),
+    "pen-human-v1": (1500, 0.9, False, 300, 3e-5, True),
+    "pen-cloned-v1": (1500, 0.7, False, 200, 1e-5, False),
+    "kitchen-complete-v0": (200, 0.7, False, 500, 1e-4, True),
+    "kitchen-partial-v0": (100, 0.7, False, 1000, 1e-4, True),
+    "kitchen-mixed-v0": (200, 0.7, False, 500, 3e-4, True),
+}
+OTHERS = (5, 0.7, False, 1000, 3e-4, False)  # tasks that are not in the paper
+MANIPULATION = (10, 0.9, False, 1000, 3e-4, False)  # OGBench's cube, scene and puzzle: found on cube-single (results/ogbench)
+AS_ANTMAZE = (1, 0.9, True, 1000, 3e-4, False)  # OGBench's mazes: a guess
+
+
+def task_defaults(env_id: str) -> dict[str, Any]:
+    """Defaults for `env_id` that override those of `Args` (the demo's)."""
+    if env_id in tasks.POINTMAZES:
+        epochs = {"dtql/pointmaze-medium-v0": 6, "dtql/pointmaze-large-v0": 12}.get(env_id)
+        if epochs is None:
+            return {}
+        # Larger mazes need more updates; smaller batches let three mazes finish in half an hour on two cores
+        return dict(pretrain_epochs=2, epochs=epochs, eval_every=epochs // 3, batch_size=64, num_candidates=64, lr_decay=True)
+    name = tasks.d4rl_id(env_id) or ""  # Minari's data of the same task uses the same row
+    ogbench = tasks.is_ogbench(env_id)
+    others = OTHERS if not ogbench else AS_ANTMAZE if "maze" in env_id or "soccer" in env_id else MANIPULATION
+    alpha, expectile, nll, epochs, learning_rate, lr_decay = TABLE_4.get(name, others)
+    return dict(
+        alpha=float(alpha),
+        expectile=expectile,
+        nll=nll,
+        epochs=epochs,
+        learning_rate=learning_rate,
+        lr_decay=lr_decay,
+        pretrain_epochs=50,
+        num_candidates=64 if others is MANIPULATION else 1024,
+        batch_size=2048 if name.startswith("antmaze") else 256,
+        gamma=0.995 if ogbench and tasks.is_long(env_id) else 0.99,
+        eval_every=100 if ogbench else 50,
+        eval_episodes=50 if ogbench else 100 if name.startswith(("antmaze", "pen", "kitchen")) else 10,
+    )
+
+
+# ---- EDM schedule (Appendix B; Karras et al. 2022) -------------------------------------------------------------------
+
+SIGMA_DATA, SIGMA_MIN, SIGMA_MAX = 0.5, 0.002, 80.0
+SIGMA_GEN = 2.5  # noise level at which the implicit policy generates an action in one step
+
+
+def c_skip(sigma: Tensor) -> Tensor:
+    return SIGMA_DATA**2 / (sigma**2 + SIGMA_DATA**2)
+
+
+def c_out(sigma: Tensor) -> Tensor:
+    return sigma * SIGMA_DATA * torch.rsqrt(sigma**2 + SIGMA_DATA**2)
+
+
+def c_in(sigma: Tensor) -> Tensor:
+    return torch.rsqrt(sigma**2 + SIGMA_DATA**2)
+
+
+def c_noise(sigma: Tensor) -> Tensor:
+    return torch.log(sigma) / 4
+
+
+def sample_sigma(u: Tensor) -> Tensor:
+    """Noise levels from uniform u in [0, 1): log sigma ~ logistic(log sigma_data, 0.5), truncated by inverse CDF."""
+    low, high = (1 / (1 + math.exp(-math.log(sigma / SIGMA_DATA) / 0.5)) for sigma in (SIGMA_MIN, SIGMA_MAX))
+    return (SIGMA_DATA * torch.exp(0.5 * torch.logit(low + (high - low) * u))).clamp(SIGMA_MIN, SIGMA_MAX)
+
+
+# ---- networks (Appendix D), written for one model --------------------------------------------------------------------
+
+HIDDEN = 256
+
+
+class Denoiser(nn.Module):
+    """The diffusion policy mu_phi(a_t, t | s) (Appendix B): noisy actions (K, B, A), sigma (K, B, 1), obs (K, B, S)."""
+
+    def __init__(self, obs_dim: int, action_dim: int):
+        super().__init__()
+        self.time = nn.Sequential(Linear(16, 32), Mish(), Linear(32, 16))
+        self.net = nn.Sequential(
+            Linear(action_dim + obs_dim + 16, HIDDEN),
+            Linear(HIDDEN, HIDDEN), Mish(),
+            Linear(HIDDEN, HIDDEN), Mish(),
+            Linear(HIDDEN, HIDDEN), Mish(),
+            Linear(HIDDEN, action_dim),
+        )  # fmt: skip
+        self.register_buffer("frequencies", 10000 ** (-torch.arange(8) / 7), persistent=False)
+
+    def forward(self, noisy_actions: Tensor, sigma: Tensor, obs: Tensor) -> Tensor:
+        angles = c_noise(sigma) * self.frequencies
+        embedding = self.time(torch.cat((angles.sin(), angles.cos()), -1))
+        output = self.net(torch.cat((c_in(sigma) * noisy_actions, obs, embedding), -1))
+        return c_skip(sigma) * noisy_actions + c_out(sigma) * output
+
+
+class Critic(nn.Module):
+    """Q(s, a), of which there are two: obs (K, B, S), actions (K, B, A) -> (K, 2, B)."""
+
+    def __init__(self, obs_dim: int, action_dim: int):
+        super().__init__()
+        self.net = nn.Sequential(
+            Linear(obs_dim + action_dim, HIDDEN), LayerNorm(HIDDEN), Mish(),
+            Linear(HIDDEN, HIDDEN), LayerNorm(HIDDEN), Mish(),
+            Linear(HIDDEN, HIDDEN), LayerNorm(HIDDEN), Mish(),
+            Linear(HIDDEN, 1),
+        )  # fmt: skip
+
+    def forward(self, obs: Tensor, actions: Tensor) -> Tensor:
+        return self.net(torch.cat((obs, actions), -1).unsqueeze(-3)).squeeze(-1)
+
+
+class Value(nn.Module):
+    """V(s): obs (K, B, S) -> (K, B)."""
+
+    def __init__(self, obs_dim: int):
+        super().__init__()
+        self.net = nn.Sequential(
+            Linear(obs_dim, HIDDEN), Mish(),
+            Linear(HIDDEN, HIDDEN), Mish(),
+            Linear(HIDDEN, HIDDEN), Mish(),
+            Linear(HIDDEN, 1),
+        )  # fmt: skip
+
+    def forward(self, obs: Tensor) -> Tensor:
+        return self.net(obs).squeeze(-1)
+
+
+class GaussianActor(nn.Module):
+    """The one-step policy a = tanh(mean + std z): obs (K, B, S) -> mean, log_std (K, B, A), both before the tanh."""
+
+    def __init__(self, obs_dim: int, action_dim: int):
+        super().__init__()
+        self.net = nn.Sequential(
+            Linear(obs_dim, HIDDEN), nn.ReLU(),
+            Linear(HIDDEN, HIDDEN), nn.ReLU(),
+            Linear(HIDDEN, HIDDEN), nn.ReLU(),
+            Linear(HIDDEN, 2 * action_dim),
+        )  # fmt: skip
+        for layer in self.net:
+            if isinstance(layer, Linear):
+                nn.init.orthogonal_(layer.weight)
+                nn.init.zeros_(layer.bias)
+
+    def forward(self, obs: Tensor) -> tuple[Tensor, Tensor]:
+        mean, log_std = self.net(obs).chunk(2, -1)
+        return mean, log_std.clamp(-5, 2)
+
+
+class ImplicitActor(Denoiser):
+    """The one-step policy a = D_theta(sigma_gen z, sigma_gen | s), with the diffusion policy's architecture."""
+
+    def forward(self, obs: Tensor, z: Tensor) -> Tensor:
+        return super().forward(SIGMA_GEN * z, z.new_full((1,), SIGMA_GEN).expand(*z.shape[:-1], 1), obs)
+
+
+# ---- the agent ---------------------------------------------------------------------------------------------------------
+
+
+class Chunk(NamedTuple):
+    """A minibatch of h rows each, from row i on; `valid` (K, B, h): 1 where no trajectory ended between rows i and i + k."""
+
+    obs: Tensor
+    actions: Tensor
+    rewards: Tensor  # discounted sum of all h rows
+    terminals: Tensor  # 1 if the task ended in one of them
+    next_obs: Tensor
+    valid: Tensor
+
+
+class DTQL(nn.Module):
+    """Algorithm 1 over chunks, for K models. Every loss returns (K,) and a dict of metrics (K,) to log."""
+
+    def __init__(
+        self,
+        args: Args,
+        obs_dim: int,
+        action_dim: int,
+        device: torch.device,
+        data: Transitions | None = None,
+        ends: Tensor | None = None,
+    ):
+        """Build networks and optimizers on `device`. A policy that is only deployed needs no `data`, and no `ends` (N,)."""
+        super().__init__()
+        action_dim *= args.chunk
+        self.args, self.action_dim, self.device, self.data, self.ends = args, action_dim, device, data, ends
+
+        def make_model() -> nn.ModuleDict:
+            actor = GaussianActor if args.policy == "gaussian" else ImplicitActor
+            return nn.ModuleDict({
+                "critic": stacked.stack([Critic(obs_dim, action_dim), Critic(obs_dim, action_dim)]),
+                "value": Value(obs_dim),
+                "denoiser": Denoiser(obs_dim, action_dim),
+                "actor": actor(obs_dim, action_dim),
+            })  # fmt: skip
+
+        self.critic, self.value, self.denoiser, self.actor = stacked.stack_seeds(make_model, args.model_seeds).to(device).values()
+        self.target_critic = copy.deepcopy(self.critic).requires_grad_(False)
+        self.critic_optimizer = torch.optim.Adam([*self.critic.parameters(), *self.value.parameters()], 3e-4, fused=True)
+        self.denoiser_optimizer = torch.optim.Adam(self.denoiser.parameters(), args.learning_rate, fused=True)
+        self.actor_optimizer = torch.optim.Adam(self.actor.parameters(), args.learning_rate, fused=True)
+        self.register_buffer("train_step", torch.zeros((), device=device))  # updates after pretraining
+
+        self.alpha, self.expectile = args.per_model("alpha", device), args.per_model("expectile", device)
+        self.step_critic = stacked.make_step(self.critic_loss, self.critic_optimizer, args.compile)
+        self.step_denoiser = stacked.make_step(self.denoiser_loss, self.denoiser_optimizer, args.compile)
+        self.step_actor = stacked.make_step(self.actor_loss, self.actor_optimizer, args.compile)
+        self.act = BestOf(self.sample, action_dim, self.target_critic, args.num_candidates, compile=args.compile)
+
+    def sample_chunks(self, *shape: int) -> Chunk:
+        """Minibatches of h rows each from uniformly sampled rows on."""
+        h = self.args.chunk
+        first = torch.randint(len(self.data.rows) - h + 1, shape, device=self.device)
+        index = first[..., None] + torch.arange(h, device=self.device)
+        rows, ends = self.data.batch(index), self.ends[index]
+        valid = torch.cat((torch.ones_like(ends[..., :1]), 1 - ends[..., :-1]), -1).cumprod(-1)
+        rewards = (rows.rewards * self.args.gamma ** torch.arange(h, device=self.device)).sum(-1)
+        terminals, next_obs = rows.terminals.amax(-1), rows.next_obs[..., -1, :]
+        return Chunk(rows.obs[..., 0, :], rows.actions.flatten(-2), rewards, terminals, next_obs, valid)
+
+    def per_action(self, valid: Tensor) -> Tensor:
+        """`valid` (K, B, h) for every dimension of the actions, (K, B, h A)."""
+        return valid.repeat_interleave(self.action_dim // self.args.chunk, -1)
+
+    def critic_loss(self, batch: Chunk) -> tuple[Tensor, Metrics]:
+        """Eqs. 6 and 7 with h-step returns, where the chunk lies within a trajectory."""
+        q, v = self.critic(batch.obs, batch.actions), self.value(batch.obs)
+        with torch.no_grad():
+            target = batch.rewards + self.args.gamma**self.args.chunk * (1 - batch.terminals) * self.value(batch.next_obs)
+        value_loss = expectile_loss(q.detach().amin(1) - v, self.expectile)
+        critic_loss = (batch.valid[:, None, :, -1] * (target[:, None] - q).square()).mean(-1).sum(1)
+        return critic_loss + value_loss, {"critic": critic_loss, "value": value_loss}
+
+    def denoiser_loss(self, batch: Chunk, sigma: Tensor, noise: Tensor) -> tuple[Tensor, Metrics]:
+        """Eq. 2."""
+        loss = self.denoising_loss(batch.actions, batch.obs, sigma, noise, batch.valid)
+        return loss, {"denoiser": loss}
+
+    def actor_loss(self, batch: Chunk, z: Tensor, sigma: Tensor, noise: Tensor) -> tuple[Tensor, Metrics]:
+        """Eq. 5, with the NLL term of Section 2.4. Trains the one-step policy only."""
+        metrics = {}
+        if self.args.policy == "gaussian":
+            mean, log_std = self.actor(batch.obs)
+            actions = torch.tanh(mean + torch.exp(log_std) * z)
+            metrics["entropy"] = log_std.sum(-1).mean(-1) + 0.5 * mean.shape[-1] * math.log(2 * math.pi * math.e)
+        else:
+            actions = self.actor(batch.obs, z)
+        trust_region = self.denoising_loss(actions, batch.obs, sigma, noise, batch.valid)
+        # Q is trained on [-1, 1] only, so clamp; the trust region pulls the implicit policy's actions back into range
+        q = self.critic(batch.obs, actions.clamp(-1, 1)).amin(1).mean(-1)
+        loss = self.alpha * trust_region - q
+        if self.args.nll:
+            metrics["nll"] = gaussian_nll(mean, log_std, batch.actions, self.per_action(batch.valid))
+            loss = loss + metrics["nll"]
+        return loss, {"actor": loss, "trust_region": trust_region, "q": q, **metrics}
+
+    def denoising_loss(self, actions: Tensor, obs: Tensor, sigma: Tensor, noise: Tensor, valid: Tensor) -> Tensor:
+        """Eq. 2 (actions from the data) and Eq. 4 (actions of the policy) with w = 1 / c_out^2, 0 where they are not valid."""
+        denoised = self.denoiser(actions + sigma * noise, sigma, obs).clamp(-1, 1)
+        return (((denoised - actions) / c_out(sigma)).square() * self.per_action(valid)).mean((-1, -2))
+
+    def update(self, training: bool) -> Metrics:
+        """One iteration of Algorithm 1; pretraining stops after the diffusion policy. Tensors only, with static shapes."""
+        args, shape = self.args, (self.args.num_models, self.args.batch_size)
+        batch = self.sample_chunks(*shape)
+        sigma = sample_sigma(torch.rand(2, *shape, 1, device=self.device))
+        noise = torch.randn(3, *shape, self.action_dim, device=self.device)
+        if training and args.lr_decay:
+            factor = (1 + torch.cos(math.pi * self.train_step / (args.epochs * args.steps_per_epoch))) / 2
+            for optimizer in (self.critic_optimizer, self.denoiser_optimizer, self.actor_optimizer):
+                stacked.set_learning_rate(optimizer, factor)
+
+        metrics = self.step_critic(batch)
+        metrics |= self.step_denoiser(batch, sigma[0], noise[0])
+        if training:
+            metrics |= self.step_actor(batch, noise[1], sigma[1], noise[2])
+            stacked.polyak_update(self.target_critic, self.critic, args.tau)
+            self.train_step += 1
+        return metrics
+
+    def start_training(self) -> None:
+        """End of pretraining: the target Qs start as copies of the online ones."""
+        self.target_critic.load_state_dict(self.critic.state_dict())
+
+    def sample(self, obs: Tensor, z: Tensor) -> Tensor:
+        """Candidates (K, n, N, h A) of the one-step policy in states (K, n, S), from Gaussian noise (K, n, N, h A)."""
+        if self.args.policy == "implicit":
+            return self.actor(repeat_states(obs, z.shape[2]), z.flatten(1, 2)).view(z.shape)
+        mean, log_std = self.actor(obs)
+        return torch.tanh(mean.unsqueeze(2) + torch.exp(log_std).unsqueeze(2) * z)
+
+
+def expectile_loss(u: Tensor, expectile: Tensor) -> Tensor:
+    """Eq. 6: mean of |expectile - 1(u < 0)| u^2; u (K, B), expectile (K,) -> (K,)."""
+    return ((expectile[:, None] - (u < 0).float()).abs() * u**2).mean(-1)
+
+
+def gaussian_nll(mean: Tensor, log_std: Tensor, actions: Tensor, valid: Tensor) -> Tensor:
+    """-E log pi(a | s) of the Gaussian before the tanh, whose Jacobian does not depend on theta; (K, B, h A) -> (K,)."""
+    z = (torch.atanh(actions / (1 + 1e-3)) - mean) * torch.exp(-log_std)
+    return ((0.5 * z**2 + log_std + 0.5 * math.log(2 * math.pi)) * valid).sum(-1).mean(-1)
+
+
+def load_policy(
+    checkpoint: str, index: int = 0, num_candidates: int | None = None, device: str = "cpu", seed: int = 0
+) -> Callable[[np.ndarray], np.ndarray]:
+    """The deployed policy of model `index` in a checkpoint.
+
+    Returns a function from one observation (S,) or a batch (B, S) to actions (A,) or (B, A) in the environment's units, which
+    looks at every h-th observation; its `reset()` begins an episode.
+    `num_candidates`: as trained if None; 1 takes a single sample of the policy.
+    Raises UserError if the checkpoint cannot be read or has no such model.
+    """
+    return common.load_policy(checkpoint, __file__, DTQL, Args, index, device, seed, num_candidates=num_candidates)
+
+
+def main(args: Args) -> dict[str, Any]:
+    """Train and evaluate. Returns the run's folder and the rows of its eval.csv; raises UserError for bad input."""
+    args.check()
+    device = common.find_device(args)
+    task = tasks.load_task(args)
+    envs = evaluation.make_envs(task.make_env, args)
+    common.seed_everything(args.seed, args.torch_deterministic)
+    rewards = task.rewards - 1 if task.sparse_goal else task.rewards  # AntMaze: -1 on the way, 0 at the goal
+    data = Transitions(task.obs, task.actions, rewards, task.terminals, task.next_obs, device)
+    check(len(task.obs) >= args.chunk, f"{task.origin} has {len(task.obs)} rows, fewer than --chunk {args.chunk}")
+    ends = torch.as_tensor(task.ends, dtype=torch.float32, device=device)
+    agent = DTQL(args, task.obs.shape[1], task.actions.shape[1], device, data, ends)
+    fastest = functools.cache(
+        lambda training: stacked.fastest(
+            functools.partial(agent.update, training), agent, args.compile, args.cudagraphs and args.cuda
+        )
+    )
+
+    with Run(__file__, args, task, envs, agent) as run:
+        while True:
+            if run.evaluation_due():
+                run.evaluate(agent.act)
+            if run.step == args.total_steps:
+                break
+            if run.step == args.pretrain_steps:
+                agent.start_training()
+            update = fastest(training=run.step >= args.pretrain_steps)
+            for _ in range(run.until_log()):
+                run.advance(update())
+            run.log()
+        run.save()
+    return run.summary()
+
+
+if __name__ == "__main__":
+    common.run(main, lambda: common.parse_args(Args, task_defaults))
