@@ -3,6 +3,7 @@
 import contextlib
 import csv
 import dataclasses
+import importlib.util
 import io
 import itertools
 import json
@@ -83,6 +84,10 @@ class Args:
     """replay each update as a CUDA graph (ignored with --no-cuda)"""
     resume: Annotated[str | None, tyro.conf.arg(metavar="RUN_DIR")] = None
     """folder of a run to continue exactly where it stopped, with the settings it was started with"""
+    evaluate_only: int | None = None
+    """with --resume: evaluate the checkpoint on so many episodes per model, write evaluation.csv and train nothing"""
+    track: bool = False
+    """log to Weights & Biases too, if it is installed (WANDB_PROJECT, WANDB_MODE and so on are its own)"""
     run_dir: str = "runs"
     """folder in which the run's own folder is created"""
     batch_size: int = 256
@@ -110,6 +115,10 @@ class Args:
         for name in ("num_seeds", "batch_size", "steps_per_epoch", "eval_every", "eval_episodes"):
             check(1 <= getattr(self, name) <= 1e9, f"--{name.replace('_', '-')} must be at least 1, not {getattr(self, name)}")
         check(self.max_episode_steps is None or self.max_episode_steps >= 1, "--max-episode-steps must be at least 1")
+        there = not self.track or importlib.util.find_spec("wandb") is not None
+        check(there, "--track needs Weights & Biases: pip install wandb, or leave the flag out")
+        check(self.evaluate_only is None or self.resume is not None, "--evaluate-only needs --resume RUN_DIR")
+        check(self.evaluate_only is None or 1 <= self.evaluate_only <= 1e9, "--evaluate-only must be at least 1")
         check(0 <= self.epochs <= 1e9, f"--epochs must not be negative, not {self.epochs}")
         check(0 <= self.seed < 2**63 - self.num_seeds, f"--seed must lie in [0, 2^63 - --num-seeds), not {self.seed}")
         for name in self.sweep:

@@ -438,7 +438,7 @@ def main(args: Args) -> dict[str, Any]:
         while True:
             if run.evaluation_due():
                 run.evaluate(agent.act)
-            if run.step == args.total_steps:
+            if run.ended:
                 break
             if run.step == args.pretrain_steps:
                 agent.start_training()

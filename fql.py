@@ -276,7 +276,7 @@ def main(args: Args) -> dict[str, Any]:
         while True:
             if run.evaluation_due():
                 run.evaluate(agent.act)
-            if run.step == args.total_steps:
+            if run.ended:
                 break
             update = fastest()
             for _ in range(run.until_log()):

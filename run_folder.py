@@ -6,6 +6,7 @@ import datetime
 import importlib.metadata
 import io
 import json
+import os
 import platform
 import shutil
 import sys
@@ -29,7 +30,9 @@ LOG_EVERY = 100  # updates between readings of the losses, which make the host w
 EVAL_FIELDS = ("epoch", "seed", "return_mean", "return_std", "score_mean", "score_std", "length_mean", "episodes",
                "train_seconds", "eval_seconds")  # fmt: skip
 EPISODE_FIELDS = ("epoch", "seed", "episode", "return", "score", "length")
-MAY_CHANGE = ("resume", "run_dir", "cuda", "compile", "cudagraphs", "data")  # when a run is resumed; data may have moved
+# When a run is resumed; data may have moved
+MAY_CHANGE = ("resume", "run_dir", "cuda", "compile", "cudagraphs", "data", "evaluate_only", "track")
+MAY_GROW = ("epochs", "eval_episodes")
 
 
 def evaluate(
@@ -68,6 +71,7 @@ class Run:
         self.rows: list[dict[str, Any]] = []  # of eval.csv
         self.episodes: list[dict[str, Any]] = []  # one entry per evaluation: its returns, scores and lengths (K, E)
         self.saved_at, self.save_seconds = time.perf_counter(), 0.0
+        self.tracked: Any = None  # the W&B run of --track
         self.before_save: Callable[[Path], None] | None = None  # writes what a method keeps beside the checkpoint
         data = {"origin": task.origin, "transitions": len(task.obs), "fingerprint": task.fingerprint(), "score": task.score_name}
         if args.resume is not None:
@@ -110,7 +114,7 @@ class Run:
         )
         before = common.saved_settings(type(self.args), config["args"], place)
         for name, value in dataclasses.asdict(self.args).items():
-            same = name in MAY_CHANGE or before[name] == value
+            same = name in MAY_CHANGE or before[name] == value or name in MAY_GROW and value > before[name]
             check(same, f"{place}: that run has {name} = {before[name]}, not {value}; leave the flag out")
         same = config["data"]["fingerprint"] == data["fingerprint"]
         check(same, f"{place}: {data['origin']} is not the data that the run began with; restore it")
@@ -124,6 +128,11 @@ class Run:
             raise UserError(f"{place}: its checkpoint does not fit ({line(error)}): it is of another script or version") from None
         for name in ("step", "logged_step", "train_seconds", "sums", "rows"):
             setattr(self, name, saved[name])
+        grown = {name: getattr(self.args, name) for name in MAY_GROW}
+        if grown != {name: before[name] for name in MAY_GROW} and self.args.evaluate_only is None:
+            print(f"note: {place} goes on with {grown}; a schedule along the epochs is that of the new length", file=sys.stderr)
+            config["args"] |= grown
+            write_atomically(self.dir / "config.json", json.dumps(config, indent=2).encode())
         self.episodes = [{name: torch.as_tensor(value).cpu() for name, value in entry.items()} for entry in saved["episodes"]]
         self.saved_step, self.saved_rows = self.step, len(self.rows)
         if self.rows:
@@ -153,16 +162,30 @@ class Run:
         self.signals = common.signals_held()
         self.signals.__enter__()
         self.excepthook, threading.excepthook = threading.excepthook, self._on_thread_error
+        if self.args.track:
+            self._track()
         # A killed run may have logged beyond its last checkpoint: those events are dropped
         self.writer = SummaryWriter(str(self.dir), purge_step=self.step + 1 if self.step else None)
         self.progress = common.progress_bar(total=self.total_steps, initial=self.step, unit="update", smoothing=0.05)
         self.clock = time.perf_counter()
         return self
 
+    def _track(self) -> None:
+        """Log to Weights & Biases what TensorBoard gets; a resumed run goes on in its own W&B run."""
+        import wandb
+
+        settings = json.loads((self.dir / "config.json").read_text())
+        self.tracked = wandb.init(
+            project=os.environ.get("WANDB_PROJECT", "dtql"), id=self.dir.name, name=self.dir.name, dir=str(self.dir),
+            config=settings, sync_tensorboard=True, resume="allow",
+        )  # fmt: skip
+
     def __exit__(self, kind: type | None, error: BaseException | None, traceback: Any) -> None:
         self.progress.close()
         with contextlib.suppress(OSError):  # a full disk, which a checkpoint has reported by now
             self.writer.close()
+        if self.tracked is not None:
+            self.tracked.finish()
         self.signals.__exit__(None, None, None)
         threading.excepthook = self.excepthook
         resume = f"continue with --resume {self.dir}"
@@ -184,6 +207,11 @@ class Run:
             self.excepthook(error)
 
     @property
+    def ended(self) -> bool:
+        """Whether there is nothing left to train."""
+        return self.step == self.total_steps or self.args.evaluate_only is not None
+
+    @property
     def epoch(self) -> int | float:
         """Training epochs so far, a whole number at their ends; negative during pretraining."""
         epochs = (self.step - self.args.pretrain_steps) / self.args.steps_per_epoch
@@ -191,6 +219,8 @@ class Run:
 
     def evaluation_due(self) -> bool:
         """Whether an evaluation belongs here and has not been done."""
+        if self.args.evaluate_only is not None:
+            return True
         due = bool(self.task.make_env) and self.args.evaluated_at(self.step)
         return due and not any(row["epoch"] == self.epoch for row in self.rows)
 
@@ -240,8 +270,10 @@ class Run:
 
     def evaluate(self, act: Callable[[torch.Tensor, torch.Generator], torch.Tensor]) -> None:
         """Run the evaluation's episodes with `act`; write eval.csv, episodes.csv, TensorBoard and a checkpoint."""
-        self.save()  # nothing that was trained is lost, whatever the environment does
         args = self.args
+        if args.evaluate_only is not None:
+            return self._evaluate_only(act)
+        self.save()  # nothing that was trained is lost, whatever the environment does
         number = self.epoch if isinstance(self.epoch, int) else self.step  # of this evaluation: gives its episodes' seeds
         returns, scores, lengths, seconds = evaluate(self.task, self.envs, act, args, number, self.device)
         rows = [
@@ -255,7 +287,11 @@ class Run:
         self.rows += rows
         results = {"epoch": torch.tensor(self.epoch), "return": returns, "score": scores, "length": lengths}
         self.episodes.append({name: torch.as_tensor(value) for name, value in results.items()})
-        self.save()  # before the tables, so that they never hold a row that a resumed run computes again
+        content = self.save()  # before the tables, so that they never hold a row that a resumed run computes again
+        means = {row["epoch"]: np.mean([other["score_mean"] for other in self.rows if other["epoch"] == row["epoch"]])
+                 for row in self.rows}  # fmt: skip
+        if content and means[self.epoch] == max(means.values()):
+            write_atomically(self.dir / "best.pt", content)
         self._write_tables()
         for name in ("return_mean", "score_mean", "length_mean"):
             for row in rows:
@@ -265,6 +301,22 @@ class Run:
         score, length = f"{self.task.score_name} {_by_setting(rows)}", f"{lengths.mean():.0f} steps per episode"
         self.progress.write(f"epoch {self.epoch}: {score}, {length}, {seconds:.0f} s")
         self.clock = time.perf_counter()  # evaluation is not training time
+
+    def _evaluate_only(self, act: Callable[[torch.Tensor, torch.Generator], torch.Tensor]) -> None:
+        """Evaluate on episodes that no evaluation of the run has had; write evaluation.csv."""
+        args = dataclasses.replace(self.args, eval_episodes=self.args.evaluate_only)
+        check(self.task.make_env is not None, "--evaluate-only needs an environment: give --env-id")
+        returns, scores, lengths, _ = evaluate(self.task, self.envs, act, args, 2**32 + self.step, self.device)
+        rows = [
+            {"step": self.step, "seed": args.model_seeds[i], "setting": args.labels[i], "episode": episode,
+             "return": returns[i, episode], "score": scores[i, episode], "length": lengths[i, episode]}
+            for i, episode in np.ndindex(*returns.shape)
+        ]  # fmt: skip
+        write_atomically(self.dir / "evaluation.csv", common.to_csv(list(rows[0]), rows))
+        for i, seed in enumerate(args.model_seeds):
+            error = scores[i].std() / np.sqrt(scores.shape[1])
+            what = f"{self.task.score_name} {scores[i].mean():.1f} ± {error:.1f}, return {returns[i].mean():.1f}"
+            print(f"update {self.step}, seed {seed} {args.labels[i]}: {what}, {scores.shape[1]} episodes")
 
     def _write_tables(self) -> None:
         labels = self.args.labels
@@ -279,10 +331,10 @@ class Run:
         ]
         write_atomically(self.dir / "episodes.csv", common.to_csv((*EPISODE_FIELDS, *setting), rows))
 
-    def save(self) -> None:
-        """Write checkpoint.pt: everything that the run needs to continue as if it had not stopped."""
+    def save(self) -> bytes | None:
+        """Write checkpoint.pt: everything that the run needs to continue as if it had not stopped. Returns what was written."""
         if self.saved_step == self.step and self.saved_rows == len(self.rows):
-            return
+            return None
         start, state = time.perf_counter(), stacked.state_of(self.agent)
         if self.before_save:
             self.before_save(self.dir)
@@ -304,6 +356,7 @@ class Run:
         write_atomically(self.dir / "checkpoint.pt", content.getvalue())
         self.saved_step, self.saved_rows, self.saved_at = self.step, len(self.rows), time.perf_counter()
         self.save_seconds = self.saved_at - start
+        return content.getvalue()
 
     def summary(self) -> dict[str, Any]:
         """Print the closing line; returns the folder and the rows of eval.csv."""

@@ -398,7 +398,7 @@ def main(args: Args) -> dict[str, Any]:
         while True:
             if run.evaluation_due():
                 run.evaluate(agent.act)
-            if run.step == args.total_steps:
+            if run.ended:
                 break
             update = fastest(agent.phase(run.step // args.steps_per_epoch))
             for _ in range(run.until_log()):

@@ -1,6 +1,8 @@
 """Runs: folders, evaluation, settings, interruption, resuming, disks and one-line errors."""
 
 import datetime
+import importlib.machinery
+import importlib.util
 import json
 import os
 import re
@@ -10,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from dataclasses import replace
 from pathlib import Path
 
@@ -132,6 +135,52 @@ def test_resume_after_an_end_is_a_no_op_and_conflicts_are_named(hopper, tmp_path
     write_d4rl(hopper, rewards=np.ones(600))
     with pytest.raises(UserError, match="not the data that the run began with"):
         dtql.main(replace(args, resume=run_dir))
+
+
+def test_the_best_checkpoint_is_kept(hopper, tmp_path, monkeypatch):
+    scores = iter((3.0, 9.0, 5.0))
+    monkeypatch.setattr(run_folder, "evaluate", lambda *_: (*2 * [np.full((1, 2), next(scores))], np.ones((1, 2)), 0.0))
+    run_dir = Path(dtql.main(make_args(tmp_path, epochs=3, eval_every=1))["run_dir"])
+    best, last = (common.open_checkpoint(run_dir / name) for name in ("best.pt", "checkpoint.pt"))
+    assert (best["step"], last["step"]) == (20 + 40, 20 + 60)
+    dtql.load_policy(str(run_dir / "best.pt"))(np.zeros(11))
+
+
+def test_a_finished_run_grows_and_is_evaluated_again(hopper, tmp_path, capsys):
+    whole = dtql.main(make_args(tmp_path, epochs=4, eval_every=2, eval_episodes=3, lr_decay=False))["run_dir"]
+    run_dir = Path(dtql.main(make_args(tmp_path, epochs=2, eval_every=2, lr_decay=False))["run_dir"])
+    run_here(dtql, "--resume", run_dir, "--epochs=4", "--eval-episodes=3")
+    assert "goes on with" in capsys.readouterr().err
+    rows = rows_of(run_dir)
+    assert [row["epoch"] for row in rows] == ["2", "4"] and [row["episodes"] for row in rows] == ["2", "3"]
+    assert all(torch.equal(params_of(whole)[name], value) for name, value in params_of(run_dir).items())
+    assert rows_of(whole)[-1]["return_mean"] == rows[-1]["return_mean"]
+    assert report.read_runs(run_dir)[0].finished
+    with pytest.raises(UserError, match="has epochs = 4, not 3"):
+        run_here(dtql, "--resume", run_dir, "--epochs=3")
+    before = {file.name: file.read_bytes() for file in run_dir.iterdir() if file.suffix in (".pt", ".csv", ".json")}
+    run_here(dtql, "--resume", run_dir, "--evaluate-only=5")
+    assert "5 episodes" in capsys.readouterr().out and len(rows_of(run_dir, "evaluation.csv")) == 5
+    assert all((run_dir / name).read_bytes() == content for name, content in before.items())
+    assert_one_line(run_inside("--evaluate-only=5"), "--evaluate-only needs --resume")
+
+
+def test_tracking(hopper, tmp_path, monkeypatch):
+    """What Weights & Biases is asked for; the package itself is no dependency."""
+    calls = []
+    fake = types.ModuleType("wandb")
+    fake.__spec__ = importlib.machinery.ModuleSpec("wandb", None)
+    fake.init = lambda **settings: calls.append(settings) or types.SimpleNamespace(finish=lambda: calls.append("finish"))
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    run_dir = dtql.main(make_args(tmp_path, track=True))["run_dir"]
+    dtql.main(make_args(tmp_path, track=True, resume=run_dir))
+    first, end, second, _ = calls
+    assert end == "finish" and first == second  # the same W&B run
+    assert first["id"] == Path(run_dir).name and first["resume"] == "allow" and first["sync_tensorboard"]
+    assert first["config"]["args"]["env_id"] == "hopper-medium-v2"
+    monkeypatch.delitem(sys.modules, "wandb")
+    if importlib.util.find_spec("wandb") is None:
+        assert_one_line(run_inside("--track"), "pip install wandb")
 
 
 def test_both_versions_of_an_edited_script_are_kept(hopper, tmp_path, capsys):
