@@ -435,5 +435,6 @@ def load_policy(
         return plan.pop(0)
 
     act.reset = plan.clear  # an episode begins
+    act.agent, act.obs_dim, act.low, act.high = agent, saved["obs_dim"], low, high
     act.about = {"seed": args.seed, **{name: args.values(name)[0] for name in args.sweep}}
     return act

@@ -28,6 +28,7 @@ def test_details_name_places_that_exist():
         "docs/bandits.md",
         "docs/speed.md",
         "docs/tasks.md",
+        "docs/deploy.md",
         "docs/benchmark.md",
     ],
 )
