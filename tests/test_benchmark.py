@@ -378,7 +378,7 @@ def test_commands_for_other_schedulers(tmp_path):
         (("--tasks", "no-such-task"), "groups are pointmaze, gym"),
         (("--methods", "sac"), "unknown method sac"),
         (("--tasks", "pointmazes"), "groups are"),
-        (("--gpus-per-run", "2"), "no machine here has more than 0 GPUs"),
+        (("--gpus-per-run", "2"), "no machine here has more than"),
         (("--cpus-per-run", "1000"), "--cpus-per-run 1000: no machine here has more than"),
         (("--num-seeds", "0"), "--num-seeds must be at least 1"),
         (("--gpus-per-run", "-1"), "--gpus-per-run must be at least 0"),

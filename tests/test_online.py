@@ -18,6 +18,8 @@ from online import Online, Replay
 from stacked import Transitions
 from tools import report
 
+pytestmark = pytest.mark.slow
+
 
 class Line(gym.Env):
     """A walk on a line: reward is the position; ends beyond 2, is cut after 5 steps. The observation is (position, seed-like)."""

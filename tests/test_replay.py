@@ -12,6 +12,8 @@ import dtql_continuous as dtql
 import stacked
 from tools import import_method
 
+pytestmark = pytest.mark.slow
+
 
 class Tape(TorchDispatchMode):
     def __init__(self):

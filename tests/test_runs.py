@@ -806,6 +806,13 @@ def test_impossible_numbers_are_refused_at_once(tmp_path, monkeypatch, script, f
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_driver_that_pytorch_cannot_use_is_named(monkeypatch):
+    monkeypatch.setattr(Path, "exists", lambda _: True)
+    assert "an NVIDIA driver is installed; PyTorch" in common.driver_note()
+    monkeypatch.setattr(Path, "exists", lambda _: False)
+    assert common.driver_note() == ""
+
+
 @pytest.mark.parametrize("seed", [1795476957123456789, 2**63 - 3])
 def test_time_stamps_are_seeds(hopper, tmp_path, seed):
     result = dtql.main(make_args(tmp_path, seed=seed, num_seeds=2))
