@@ -315,10 +315,12 @@ def numbered(task: str) -> str:
 
 def published_section(group: list[str], methods: list[str]) -> str:
     """What others published of the same tasks and methods, with its source; the longest training of each source."""
-    rows, notes = [], []
+    rows, notes, cells = [], [], collections.defaultdict(list)
+    for row in published():
+        if not row["source"].startswith("DTQL paper"):
+            cells[row["task"], row["method"].partition(" (")[0]].append(row)
     for task, method in itertools.product(group, methods):
-        own = [row for row in published() if row["task"] == numbered(task) and not row["source"].startswith("DTQL paper")]
-        own = [row for row in own if row["method"].partition(" (")[0] == PAPER_NAMES.get(method)]
+        own = cells.get((numbered(task), PAPER_NAMES.get(method)), [])
         longest = collections.defaultdict(int)
         for row in own:
             key = row["source"], row["method"]
