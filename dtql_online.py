@@ -74,8 +74,8 @@ class Args(common.Args):
     """leave the diffusion policy as the offline phase left it"""
     online_alpha: float | None = None
     """weight of the trust-region loss in the online phase; default: --alpha"""
-    online_nll: bool = False
-    """--nll in the online phase"""
+    online_nll: bool = True
+    """go on with --nll in the online phase"""
     critic: Literal["iql", "td"] = "iql"
     """critic of the online phase: as offline, or Q(s', pi(s')) in place of V(s')"""
     warmup_steps: int = 0
@@ -116,7 +116,6 @@ class Args(common.Args):
         check(self.offline_ratio is None or 0 <= self.offline_ratio <= 1, "--offline-ratio must lie in [0, 1]")
         check(self.online_alpha is None or 0 <= self.online_alpha < math.inf, "--online-alpha must be at least 0")
         if self.policy == "implicit":
-            check(not self.online_nll, "--policy implicit has no likelihood: leave --online-nll out")
             check(not self.nll, "--policy implicit has no likelihood, which the NLL term needs: add --no-nll")
 
 
@@ -336,7 +335,7 @@ class DTQL(nn.Module):
 
     def start_online(self) -> None:
         """End of the offline phase."""
-        self.online, self.td, self.nll = True, self.args.critic == "td", self.args.online_nll
+        self.online, self.td, self.nll = True, self.args.critic == "td", self.args.nll and self.args.online_nll
         if self.args.online_alpha is not None:
             self.alpha.fill_(self.args.online_alpha)
         for optimizer in (self.critic_optimizer, self.denoiser_optimizer, self.actor_optimizer):

@@ -76,7 +76,8 @@ def test_a_wrong_command_line_is_one_message(script, arguments, tmp_path, monkey
 def numbers_below(heading):
     """The cells of the lines of tables that have a ± in them, below a heading of the page of results."""
     text = (RESULTS / "README.md").read_text()
-    lines = [line for line in text[text.index(heading) :].splitlines() if line.startswith("|") and " ± " in line]
+    section = text[text.index(heading) + 3 :].partition("\n## ")[0]
+    lines = [line for line in section.splitlines() if line.startswith("|") and " ± " in line]
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
 
 
@@ -120,6 +121,27 @@ def test_the_table_of_the_paper_s_arguments_is_that_of_the_runs():
         for maze in ("medium", "large"):
             expected += [f"{found[f'dtql/pointmaze-{maze}-v0', method][0].updates:,}", *cell(folder, maze, method, 1)]
         assert rows[name] == expected, name
+
+
+def test_the_table_of_cube_single_is_that_of_the_run():
+    rows = read(RESULTS / "ogbench" / "dtql_cube-single-play_task2.csv")
+    expected = [
+        [
+            f"10,000 + {row['epoch']},000",
+            f"{float(row['score_mean']):.0f} ± {float(row['score_std']) / int(row['episodes']) ** 0.5:.0f}",
+        ]
+        for row in rows
+    ]
+    assert numbers_below("## OGBench data made at home") == expected
+
+
+@pytest.mark.parametrize("name", ["default", "without_nll"])
+def test_the_tables_of_the_online_runs_are_those_of_the_runs(name):
+    rows = read(RESULTS / "online" / f"{name}.csv")
+    text = (RESULTS / "README.md").read_text()
+    by_step = [[float(row["score_mean"]) for row in rows[i : i + 3]] for i in range(0, len(rows), 3)]
+    assert f"| seeds 0, 1, 2 | {' | '.join(', '.join(f'{score:.0f}' for score in scores) for scores in by_step)} |" in text
+    assert f"| mean | {' | '.join(f'{np.mean(scores):.0f}' for scores in by_step)} |" in text
 
 
 def test_the_table_of_look_alike_data_is_that_of_the_runs():
