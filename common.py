@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
+import filelock
 import numpy as np
 import torch
 import tyro
@@ -35,7 +36,7 @@ class Diverged(UserError):
 
 
 class InUse(UserError):
-    """Another process is writing to the run's folder."""
+    """Another process is writing to the same place."""
 
 
 class Unwritable(UserError):
@@ -101,7 +102,7 @@ class Args:
     eval_episodes: int = 20
     """episodes per evaluation and model"""
     max_episode_steps: int | None = None
-    """cut an evaluation's episodes after so many steps; default: as the environment does"""
+    """cut episodes in the environment after so many steps; default: as the environment does"""
 
     sweep: typing.ClassVar[tuple[str, ...]] = ()  # arguments that accept several values, each of which is trained
 
@@ -334,6 +335,20 @@ def write_atomically(file: Path, content: bytes) -> None:
         raise Unwritable(f"cannot write {file} ({error.strerror or line(error)}): free some space or check permissions") from None
 
 
+def lock(file: Path, busy: str) -> filelock.FileLock:
+    """Hold a lock on `file` until its release, or until this process ends. Raises InUse(busy) if another process holds it."""
+    held = filelock.FileLock(file)
+    try:
+        held.acquire(timeout=0)
+    except filelock.Timeout:
+        raise InUse(busy) from None
+    except NotImplementedError:  # a file system without locks
+        pass
+    except OSError as error:
+        raise Unwritable(f"cannot write to {file.parent} ({error.strerror}): free some space or check permissions") from None
+    return held
+
+
 def check_writable(file: Path, flag: str) -> None:
     """Raise UserError, before any work, unless `file` can be written. Creates its folder."""
     try:
@@ -408,7 +423,7 @@ def load_policy(
     check(-args.num_models <= index < args.num_models, f"{checkpoint} holds {args.num_models} model(s): there is no {index}")
     index %= args.num_models
     changes = {name: value for name, value in changes.items() if value is not None}
-    args = dataclasses.replace(args.of_model(index), compile=False, **changes)
+    args = dataclasses.replace(args.of_model(index), compile=False, track=False, **changes)
     args.check()
     low, high = (saved[name].cpu().numpy() for name in ("action_low", "action_high"))
     agent = make_agent(args, saved["obs_dim"], len(low), torch.device(device))

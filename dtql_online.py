@@ -149,7 +149,7 @@ TABLE_4 = {
     "kitchen-mixed-v0": (200, 0.7, False, 500, 3e-4, True),
 }
 OTHERS = (5, 0.7, False, 1000, 3e-4, False)  # tasks that are not in the paper
-MANIPULATION = (10, 0.9, False, 1000, 3e-4, False)  # OGBench's cube, scene and puzzle: found on cube-single (results/ogbench)
+MANIPULATION = (10, 0.9, False, 1000, 3e-4, False)  # OGBench's cube, scene and puzzle: DTQL's on cube-single (results/ogbench)
 AS_ANTMAZE = (1, 0.9, True, 1000, 3e-4, False)  # OGBench's mazes: a guess
 
 
@@ -416,9 +416,9 @@ class DTQL(nn.Module):
         return torch.tanh(mean.unsqueeze(2) + torch.exp(log_std).unsqueeze(2) * z)
 
 
-def transform(task: tasks.Task, args: Args, rewards: Any) -> Any:
+def transform(task: tasks.Task, rewards: np.ndarray) -> np.ndarray:
     """AntMaze: -1 on the way, 0 at the goal; others as they are."""
-    return rewards - 1 if task.sparse_goal else -1.0 * (rewards != 0) if args.sparse_rewards else rewards
+    return rewards - 1 if task.sparse_goal else rewards
 
 
 def expectile_loss(u: Tensor, expectile: Tensor) -> Tensor:
@@ -452,7 +452,7 @@ def main(args: Args) -> dict[str, Any]:
     envs = evaluation.make_envs(task.make_env, args)
     common.seed_everything(args.seed, args.torch_deterministic)
     check(task.make_env is not None, "the online phase needs an environment: give --env-id")
-    data = Transitions(task.obs, task.actions, transform(task, args, task.rewards), task.terminals, task.next_obs, device)
+    data = Transitions(task.obs, task.actions, transform(task, task.rewards), task.terminals, task.next_obs, device)
     if args.offline is not None:
         args = replace(args, pretrain_epochs=0, epochs=0)
     agent = DTQL(args, task.obs.shape[1], task.actions.shape[1], device, data)
@@ -465,7 +465,7 @@ def main(args: Args) -> dict[str, Any]:
     if args.offline is not None and args.resume is None:
         load_offline(agent, args.offline)
     with Run(__file__, args, task, envs, agent) as run:
-        online = Online(agent, task, functools.partial(transform, task, args), run.dir)
+        online = Online(agent, task, functools.partial(transform, task), run.dir)
         run.before_save = online.save
         while True:
             if run.evaluation_due():

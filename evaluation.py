@@ -80,16 +80,20 @@ def _call(shard: _Shard, method: str, *args: Any) -> Any:
 
 
 def end_with_parent() -> None:
-    """End this worker when the main process ends, even while a step hangs."""
-    multiprocessing.parent_process().join()
-    os._exit(1)
+    """Let this worker process end when the main one does, even while it hangs or waits."""
+    threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()
+
+
+def num_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _serve(pipe: Any, inherited: list[Any], make_env: Callable[[], gym.Env], seeds: Sequence[int]) -> None:
     """A worker process: a `_Shard` behind a pipe, until the pipe closes."""
     for other in inherited:  # so that the pipes close with the main process, even if it is killed
         other.close()
-    threading.Thread(target=end_with_parent, daemon=True).start()
+    end_with_parent()
     for number in (signal.SIGINT, signal.SIGTERM):  # terminals and schedulers signal every process; the main one decides
         signal.signal(number, signal.SIG_IGN)
     try:
@@ -114,8 +118,7 @@ class LockstepEnvs:
     def __init__(self, make_env: Callable[[], gym.Env], seeds: Sequence[int], num_workers: int | None = None):
         """`seeds`: one per copy. `num_workers`: below 2 all copies live in this process; None chooses by cores."""
         if num_workers is None:  # with fewer than 4 copies each, messages cost more than workers save
-            cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-            num_workers = min(cores - 1 if self.max_workers is None else self.max_workers, len(seeds) // 4)
+            num_workers = min(num_cores() - 1 if self.max_workers is None else self.max_workers, len(seeds) // 4)
         self.num_copies, self.pipes, self.processes = len(seeds), [], []
         self.local = _Shard(make_env, seeds) if num_workers < 2 else None
         if self.local:

@@ -99,7 +99,7 @@ TABLE_4 = {
     "kitchen-mixed-v0": (200, 0.7, False, 500, 3e-4, True),
 }
 OTHERS = (5, 0.7, False, 1000, 3e-4, False)  # tasks that are not in the paper
-MANIPULATION = (10, 0.9, False, 1000, 3e-4, False)  # OGBench's cube, scene and puzzle: found on cube-single (results/ogbench)
+MANIPULATION = (10, 0.9, False, 1000, 3e-4, False)  # OGBench's cube, scene and puzzle: DTQL's on cube-single (results/ogbench)
 AS_ANTMAZE = (1, 0.9, True, 1000, 3e-4, False)  # OGBench's mazes: a guess
 
 

@@ -24,7 +24,7 @@ from torch.utils.tensorboard import SummaryWriter
 import common
 import evaluation
 import stacked
-from common import Args, Diverged, Interrupted, InUse, Unwritable, UserError, check, check_stop, line, write_atomically
+from common import Args, Diverged, Interrupted, Unwritable, UserError, check, check_stop, line, write_atomically
 
 LOG_EVERY = 100  # updates between readings of the losses, which make the host wait for the device
 EVAL_FIELDS = ("epoch", "seed", "return_mean", "return_std", "score_mean", "score_std", "length_mean", "episodes",
@@ -77,13 +77,13 @@ class Run:
         if args.resume is not None:
             self.dir = Path(args.resume)
             config = common.read_config(args.resume)
-            self._lock()
+            self.lock = self._lock()
             self._resume(config, data)
             self._keep_edited(Path(script))
         else:
             self.dir = _create_run_dir(args, self.exp_name)
             try:
-                self._lock()
+                self.lock = self._lock()
                 self._begin(Path(script), data)
             except BaseException:
                 shutil.rmtree(self.dir, ignore_errors=True)
@@ -140,23 +140,14 @@ class Run:
 
     def _keep_edited(self, script: Path) -> None:
         """Keep a script that was edited since the run began beside the one that it began with."""
-        copies = sorted(self.dir.glob(f"{script.stem}*.py"), key=lambda copy: copy.stat().st_mtime)
-        if not any(copy.read_bytes() == script.read_bytes() for copy in copies[-1:]):
+        latest = max(self.dir.glob(f"{script.stem}*.py"), key=lambda copy: copy.stat().st_mtime, default=None)
+        if latest is None or latest.read_bytes() != script.read_bytes():
             copy = self.dir / f"{script.stem}_from_update_{self.step}.py"
             write_atomically(copy, script.read_bytes())
             print(f"note: {script.name} was edited since this run began; from here on it is {copy.name}", file=sys.stderr)
 
-    def _lock(self) -> None:
-        """Raise InUse if another process writes here. The lock ends with this process, however that ends."""
-        self.lock = filelock.FileLock(self.dir / ".lock")
-        try:
-            self.lock.acquire(timeout=0)
-        except filelock.Timeout:
-            raise InUse(f"{self.dir}: another process is writing to this run; wait for it or stop it") from None
-        except NotImplementedError:  # a file system without locks
-            pass
-        except OSError as error:
-            raise Unwritable(f"cannot write to {self.dir} ({error.strerror}): free some space or check permissions") from None
+    def _lock(self) -> filelock.FileLock:
+        return common.lock(self.dir / ".lock", f"{self.dir}: another process is writing to this run; wait for it or stop it")
 
     def __enter__(self) -> "Run":
         self.signals = common.signals_held()
@@ -197,7 +188,8 @@ class Run:
                 reason = f"cannot write to {self.dir} ({getattr(error, 'strerror', None) or line(error)}): free some space"
                 raise Unwritable(f"{reason}; its checkpoint of update {self.saved_step} is valid: {resume}") from None
             if isinstance(error, evaluation.EnvironmentFailure):
-                raise UserError(f"{line(error)}; the run is saved: when that is fixed, {resume}") from None
+                saved = f"the checkpoint of update {self.saved_step} is valid"
+                raise UserError(f"{line(error)}; {saved}: when that is fixed, {resume}") from None
         finally:
             self.envs.close()
             self.lock.release()
@@ -257,7 +249,7 @@ class Run:
             for name, mean in zip(self.sums, part.mean(1).tolist()):
                 self.writer.add_scalar(f"losses_{label.replace(' ', '_')}/{name}", mean, self.step)
         self.writer.add_scalar("charts/SPS", (self.step - self.logged_step) / seconds, self.step)
-        last = [row["score_mean"] for row in self.rows if row["epoch"] == self.rows[-1]["epoch"]]
+        last = [row["score_mean"] for row in self._rows_of(self.rows[-1]["epoch"])] if self.rows else []
         shown = {name: f"{mean:.3g}" for name, mean in losses.items()} | ({"score": f"{np.mean(last):.1f}"} if last else {})
         self.progress.set_postfix(shown, refresh=False)
         self.sums, self.logged_step = {}, self.step
@@ -280,17 +272,14 @@ class Run:
             dict(zip(EVAL_FIELDS, (self.epoch, seed, float(returns[i].mean()), float(returns[i].std()), float(scores[i].mean()),
                                    float(scores[i].std()), float(lengths[i].mean()), args.eval_episodes,
                                    round(self.train_seconds, 3), seconds)))
-            | ({"phase": args.phase(self.step)} if args.phase(self.step) else {})
-            | ({"setting": args.labels[i]} if args.labels[i] else {})
+            | {name: value for name, value in (("phase", args.phase(self.step)), ("setting", args.labels[i])) if value}
             for i, seed in enumerate(args.model_seeds)
         ]  # fmt: skip
         self.rows += rows
         results = {"epoch": torch.tensor(self.epoch), "return": returns, "score": scores, "length": lengths}
         self.episodes.append({name: torch.as_tensor(value) for name, value in results.items()})
         content = self.save()  # before the tables, so that they never hold a row that a resumed run computes again
-        means = {row["epoch"]: np.mean([other["score_mean"] for other in self.rows if other["epoch"] == row["epoch"]])
-                 for row in self.rows}  # fmt: skip
-        if content and means[self.epoch] == max(means.values()):
+        if content and self._best_epoch() == self.epoch:
             write_atomically(self.dir / "best.pt", content)
         self._write_tables()
         for name in ("return_mean", "score_mean", "length_mean"):
@@ -301,6 +290,16 @@ class Run:
         score, length = f"{self.task.score_name} {_by_setting(rows)}", f"{lengths.mean():.0f} steps per episode"
         self.progress.write(f"epoch {self.epoch}: {score}, {length}, {seconds:.0f} s")
         self.clock = time.perf_counter()  # evaluation is not training time
+
+    def _rows_of(self, epoch: int | float) -> list[dict[str, Any]]:
+        return [row for row in self.rows if row["epoch"] == epoch]
+
+    def _best_epoch(self) -> int | float:
+        """The epoch of the evaluation with the best mean score, the first of equals."""
+        scores: dict[int | float, list[float]] = {}
+        for row in self.rows:
+            scores.setdefault(row["epoch"], []).append(row["score_mean"])
+        return max(scores, key=lambda epoch: np.mean(scores[epoch]))
 
     def _evaluate_only(self, act: Callable[[torch.Tensor, torch.Generator], torch.Tensor]) -> None:
         """Evaluate on episodes that no evaluation of the run has had; write evaluation.csv."""
@@ -362,10 +361,9 @@ class Run:
         """Print the closing line; returns the folder and the rows of eval.csv."""
         result, ended = "trained without an environment, so without a score", f"{self.train_seconds / 60:.1f} min of training"
         if self.rows:
-            by_epoch = {row["epoch"]: [other for other in self.rows if other["epoch"] == row["epoch"]] for row in self.rows}
-            best = max(by_epoch, key=lambda epoch: np.mean([row["score_mean"] for row in by_epoch[epoch]]))
-            last = f"{_by_setting(by_epoch[max(by_epoch)])} (last)"
-            result = f"{self.task.score_name} {last}, {_by_setting(by_epoch[best])} (best, epoch {best})"
+            best = self._best_epoch()
+            last = f"{_by_setting(self._rows_of(self.rows[-1]['epoch']))} (last)"
+            result = f"{self.task.score_name} {last}, {_by_setting(self._rows_of(best))} (best, epoch {best})"
         origin = f"data {self.task.origin}"
         print(f"{self.args.env_id or 'no environment'}: {result}; {self.args.num_models} model(s), {ended}, {origin}, {self.dir}")
         return {"run_dir": str(self.dir), "rows": self.rows}

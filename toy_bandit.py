@@ -33,6 +33,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import common
+import evaluation
 
 
 @dataclass
@@ -349,7 +350,7 @@ def quiet_worker() -> None:
         signal.signal(number, signal.SIG_IGN)
     tqdm.set_lock(threading.RLock())  # one of its own: a shared one would stay locked if its holder were killed
     # An idle worker would not notice by itself: it and its siblings hold the pipe open on which it waits
-    threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()
+    evaluation.end_with_parent()
 
 
 def sample_all(jobs: list[tuple[int, str, int]]) -> list[tuple[Tensor, Tensor]]:

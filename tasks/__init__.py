@@ -25,6 +25,7 @@ def load_task(args: Args) -> Task:
     Raises UserError for an unknown id, and for data that is missing, damaged or does not fit the environment.
     """
     env_id = args.env_id
+    check(not args.sparse_rewards or is_ogbench(env_id), "--sparse-rewards is for OGBench's tasks: leave it out")
     if args.data is not None:
         task = own.load(Path(args.data), env_id, args.action_low, args.action_high)
     else:
@@ -32,10 +33,7 @@ def load_task(args: Args) -> Task:
         bounds = args.action_low is not None or args.action_high is not None
         check(not bounds, f"--action-low and --action-high belong to --data: {env_id} has its own bounds")
         kind = d4rl if env_id in d4rl.TASKS else ogbench if is_ogbench(env_id) else mazes if env_id in POINTMAZES else minari
-        task = kind.load(env_id)
-    if args.sparse_rewards:
-        check(is_ogbench(env_id), "--sparse-rewards is for OGBench's tasks: leave it out")
-        task = task._replace(rewards=-(task.rewards != 0).astype("float32"))
+        task = ogbench.load(env_id, args.sparse_rewards) if kind is ogbench else kind.load(env_id)
     if args.max_episode_steps is not None and task.make_env is not None:
         task = task._replace(make_env=functools.partial(_limited, task.make_env, args.max_episode_steps))
     with temporary_files_removed():

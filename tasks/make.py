@@ -9,10 +9,8 @@ import importlib
 import io
 import json
 import multiprocessing
-import os
 import shutil
 import signal
-import threading
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -20,7 +18,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
-import filelock
 import gymnasium as gym
 import numpy as np
 import tyro
@@ -45,7 +42,7 @@ class Args:
     """training episodes; a tenth as many are made for validation"""
     seed: int = 0
     """seed of the data"""
-    workers: int = max(1, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+    workers: int = evaluation.num_cores()
     """processes"""
 
 
@@ -57,8 +54,8 @@ class Maze:
 
     def __init__(self, name: str):
         _, size, self.kind = name.removesuffix("-v0").split("-")
-        self.steps = 201 if self.kind == "stitch" else 2001 if size == "giant" else 1001
-        self.env = gym.make(f"pointmaze-{size}-v0", terminate_at_goal=False, max_episode_steps=self.steps)
+        steps = 201 if self.kind == "stitch" else 2001 if size == "giant" else 1001
+        self.env = gym.make(f"pointmaze-{size}-v0", terminate_at_goal=False, max_episode_steps=steps)
         walls = self.env.unwrapped.maze_map == 1
         self.cells = [tuple(cell) for cell in np.argwhere(~walls)]
         corridor = lambda i, j: (
@@ -96,10 +93,10 @@ class Manipulation:
 
     def __init__(self, name: str):
         kind, *sizes, oracle = name.removesuffix("-v0").split("-")
-        self.noisy, self.scene, self.steps = oracle == "noisy", kind == "scene", 1001
+        self.noisy, self.scene = oracle == "noisy", kind == "scene"
         self.stack = STACK.get("".join(sizes), (0.5, 0.5))
         env_id = "-".join((kind, *sizes, "v0"))
-        self.env = gym.make(env_id, terminate_at_goal=False, mode="data_collection", max_episode_steps=self.steps)
+        self.env = gym.make(env_id, terminate_at_goal=False, mode="data_collection", max_episode_steps=1001)
         self.action_space = self.env.action_space  # made anew, with a seed of its own, whenever it is asked for
         self.oracles = {}
         for aim in {"cube": ["cube"], "puzzle": ["button"], "scene": ["cube", "button", "drawer", "window"]}[kind]:
@@ -150,17 +147,21 @@ class Manipulation:
 def columns(rows: list[tuple[np.ndarray, np.ndarray, dict[str, Any]]]) -> Episode:
     """OGBench's columns of an episode of T steps, from (observation, action, info of the step)."""
     obs, actions, infos = zip(*rows)
-    return {
+    made = {
         "observations": np.array(obs, np.float32),
         "actions": np.array(actions, np.float32),
         "terminals": np.arange(1, len(rows) + 1) == len(rows),
-        **{name: np.array([info[f"prev_{name}"] for info in infos], np.float32) for name in ("qpos", "qvel")},
-        **{
-            name: np.array([info[f"prev_{name}"] for info in infos], np.int64)
-            for name in ("button_states",)
-            if f"prev_{name}" in infos[0]
-        },
+        "qpos": np.array([info["prev_qpos"] for info in infos], np.float32),
+        "qvel": np.array([info["prev_qvel"] for info in infos], np.float32),
     }
+    if "prev_button_states" in infos[0]:
+        made["button_states"] = np.array([info["prev_button_states"] for info in infos], np.int64)
+    return made
+
+
+def maker_of(name: str) -> Maze | Manipulation:
+    ogbench.register()
+    return Maze(name) if name.startswith("pointmaze") else Manipulation(name)
 
 
 maker: Maze | Manipulation  # of a worker process
@@ -168,10 +169,9 @@ maker: Maze | Manipulation  # of a worker process
 
 def start_worker(name: str) -> None:
     global maker
-    threading.Thread(target=evaluation.end_with_parent, daemon=True).start()
-    ogbench.register()
+    evaluation.end_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process decides
-    maker = Maze(name) if name.startswith("pointmaze") else Manipulation(name)
+    maker = maker_of(name)
 
 
 def make_episode(seed: int) -> Episode:
@@ -198,7 +198,8 @@ def main(args: Args) -> None:
     about |= {package: version(package) for package in ("ogbench", "mujoco", "numpy")}
     try:
         place.mkdir(parents=True, exist_ok=True)
-        with filelock.FileLock(place / f".{name}.lock", timeout=0):
+        lock = common.lock(place / f".{name}.lock", f"another process makes {name}: wait for it")
+        try:
             for file in files:
                 check(not file.exists(), f"{file} is there already: move it away to make another")
                 common.check_writable(file, "OGBENCH_DATASET_DIR")
@@ -208,8 +209,8 @@ def main(args: Args) -> None:
                 together = {key: np.concatenate([episode[key] for episode in few]) for key in few[0]}
                 np.savez_compressed(content, **together, about=json.dumps(about))
                 common.write_atomically(file, content.getvalue())
-    except filelock.Timeout:
-        raise UserError(f"another process makes {name}: wait for it") from None
+        finally:
+            lock.release()
     except BrokenProcessPool:
         raise UserError(f"a worker process has died (out of memory?): try fewer than {args.workers} --workers") from None
     except OSError as error:

@@ -34,8 +34,9 @@ class OGBenchEnv(gym.Wrapper):
     The mazes draw from numpy's global state, teleporting ones also in their steps: each copy has a state of its own.
     """
 
-    def __init__(self, env: gym.Env):
+    def __init__(self, env: gym.Env, sparse: bool = False):
         super().__init__(env)
+        self.sparse = sparse
         self.random_state = np.random.RandomState(0).get_state()
 
     @contextlib.contextmanager
@@ -59,7 +60,8 @@ class OGBenchEnv(gym.Wrapper):
         with self._own_randomness():
             obs, reward, terminated, truncated, info = self.env.step(action)
         solved = bool(info["success"])
-        return obs, float(solved), terminated or solved, truncated, {**info, "data_reward": reward}
+        data_reward = -float(reward != 0) if self.sparse else reward
+        return obs, float(solved), terminated or solved, truncated, {**info, "data_reward": data_reward}
 
 
 def register() -> None:
@@ -72,17 +74,17 @@ def register() -> None:
         raise UserError("this task needs OGBench: pip install -r requirements-dev.txt") from None
 
 
-def make_env(gym_id: str) -> gym.Env:
+def make_env(gym_id: str, sparse: bool = False) -> gym.Env:
     """The environment of a single task. Raises UserError if OGBench is missing or does not know it."""
     register()
     try:
-        return OGBenchEnv(check_env(gym.make(gym_id), gym_id))
+        return OGBenchEnv(check_env(gym.make(gym_id), gym_id), sparse)
     except gym.error.UnregisteredEnv as error:
         raise UserError(f"OGBench has no {gym_id} ({line(error)[:100]}): see its list of environments") from None
 
 
-def load(env_id: str) -> Task:
-    """A single task with its file, which is downloaded if it is missing. Raises UserError."""
+def load(env_id: str, sparse: bool = False) -> Task:
+    """A single task with its file, which is downloaded if it is missing; `sparse`: rewards -1 and 0 alone. Raises UserError."""
     name, kind, number = ID.fullmatch(env_id).groups()
     gym_id, file_name = f"{name}-singletask{number or ''}-v0", f"{name}-{kind}-v0.npz"
     env = make_env(gym_id)
@@ -110,10 +112,10 @@ def load(env_id: str) -> Task:
     return Task(
         obs,
         actions,
-        rewards,
+        -(rewards != 0).astype(np.float32) if sparse else rewards,
         1 - masks,  # not `terminals`, which end trajectories without ending the task
         next_obs,
-        make_env=functools.partial(make_env, gym_id),
+        make_env=functools.partial(make_env, gym_id, sparse),
         score=lambda returns: 100 * returns,
         score_name="success rate",
         sparse_goal=False,  # its rewards are already -1 and 0, or minus the number of subgoals left

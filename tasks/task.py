@@ -121,11 +121,12 @@ def check_and_scale(task: Task) -> Task:
     low, high = task.action_low, task.action_high
     if task.make_env is not None:
         obs_dim, (low, high), limit = _try_env(task.make_env)
-        longest = int(np.diff(np.append(episode_starts(task), len(task.obs))).max())
-        if limit is None or limit > max(10_000, 10 * longest):
+        if limit is None or limit > 10_000:
+            longest = int(np.diff(np.append(episode_starts(task), len(task.obs))).max())
             ends = "never cuts an episode" if limit is None else f"cuts episodes after {limit:,} steps"
             advice = f"the data's longest has {longest:,}. Evaluations may take for ever: --max-episode-steps limits them"
-            print(f"note: the environment {ends}; {advice}", file=sys.stderr)
+            if limit is None or limit > 10 * longest:
+                print(f"note: the environment {ends}; {advice}", file=sys.stderr)
         fits = task.obs.shape[1] == obs_dim and task.actions.shape[1] == len(low)
         sizes = f"{task.obs.shape[1]} and actions of size {task.actions.shape[1]}, its environment {obs_dim} and {len(low)}"
         check(fits, f"{task.origin} has observations of size {sizes}: this is data of another task")

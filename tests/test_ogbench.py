@@ -234,9 +234,7 @@ def make(name: str, episodes: int = 2, **settings) -> None:
     ],
 )
 def test_data_made_at_home_train_and_say_what_they_are(folder, tmp_path, capsys, monkeypatch, name, env_id):
-    ogbench.register()
-    maker = tasks.make.Maze(name) if name.startswith("pointmaze") else tasks.make.Manipulation(name)
-    monkeypatch.setattr(tasks.make, "maker", maker, raising=False)
+    monkeypatch.setattr(tasks.make, "maker", tasks.make.maker_of(name), raising=False)
     monkeypatch.setattr(tasks.make, "make", lambda _, number, __: list(map(tasks.make.make_episode, range(number))))
     make(name)
     with np.load(folder / f"{name}.npz") as made, np.load(folder / f"{name}-val.npz") as val:
@@ -277,9 +275,7 @@ def check_replay(name: str, made) -> None:
 
 @pytest.mark.parametrize("name", ["puzzle-3x3-noisy-v0", "scene-play-v0", "pointmaze-teleport-navigate-v0"])
 def test_an_episode_does_not_depend_on_those_before_it(name, monkeypatch):
-    ogbench.register()
-    maker = tasks.make.Maze(name) if name.startswith("pointmaze") else tasks.make.Manipulation(name)
-    monkeypatch.setattr(tasks.make, "maker", maker, raising=False)
+    monkeypatch.setattr(tasks.make, "maker", tasks.make.maker_of(name), raising=False)
     alone = tasks.make.make_episode(7)
     for seed in (5, 7):
         again = tasks.make.make_episode(seed)

@@ -25,7 +25,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import filelock
 import torch
 from tqdm import tqdm
 
@@ -331,11 +330,11 @@ def main(args: Args, flags: Sequence[str] = ()) -> Path | None:
     else:
         open_suite(args, flags)
         signal.signal(signal.SIGTERM, common.stop_now)
+        lock = common.lock(Path(args.out_dir) / ".lock", f"--out-dir {args.out_dir}: another benchmark is running in this folder")
         try:
-            with filelock.FileLock(Path(args.out_dir) / ".lock", timeout=0):
-                failures = run_all(args, jobs)
-        except filelock.Timeout:
-            raise UserError(f"--out-dir {args.out_dir}: another benchmark is running in this folder") from None
+            failures = run_all(args, jobs)
+        finally:
+            lock.release()
     file = report.write_report(Path(args.out_dir), expected)
     print(file)
     if not args.report_only:

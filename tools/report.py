@@ -478,10 +478,8 @@ def online_section(cells: dict[tuple[str, str], list[Run]]) -> str:
             x = np.array([epoch for epoch in ended[0].epochs if epoch >= ended[0].online_from])
             scores = np.array([run.scores[-len(x) :] for run in ended])
             mean = np.trapezoid(scores.mean(0) / 100, x) / (x[-1] - x[0])
-            rows.append(
-                [f"`{task}`", method, len(ended), *(f"{score:.1f}" for score in scores.mean(0)[[0, -1]]), f"{1 - mean:.3f}"]
-            )
-            rows[-1][4:4] = [" / ".join(f"{score:.1f}" for score in scores.mean(0)[1:-1])]
+            first, *between, last = (f"{score:.1f}" for score in scores.mean(0))
+            rows.append([f"`{task}`", method, len(ended), first, " / ".join(between), last, f"{1 - mean:.3f}"])
     if not rows:
         return ""
     head = ["task", "method", "runs", "end of offline", "after 1/8, 1/4 and 1/2 of the steps", "after all", "regret"]
