@@ -254,17 +254,19 @@ def load_policy(checkpoint: str, index: int = 0, device: str = "cpu", seed: int 
 def main(args: Args) -> dict[str, Any]:
     """Train and evaluate. Returns the run's folder and the rows of its eval.csv; raises UserError for bad input."""
     args.check()
-    device = common.find_device(args)
+    device = common.find_device(args.device)
     task = tasks.load_task(args)
     envs = evaluation.make_envs(task.make_env, args)
-    common.seed_everything(args.seed, args.torch_deterministic)
+    common.set_up_torch(args, device)
     mean, std = (task.obs.mean(0), task.obs.std(0) + 1e-3) if args.normalize else (0.0, 1.0)
     obs, next_obs = (task.obs - mean) / std, (task.next_obs - mean) / std
     data = Transitions(obs, task.actions, task.rewards, task.terminals, next_obs, device)
     agent = BC(args, task.obs.shape[1], task.actions.shape[1], device, data)
     agent.obs_mean += torch.as_tensor(mean, device=device)  # part of the checkpoint, for a policy that is deployed
     agent.obs_std *= torch.as_tensor(std, device=device)
-    fastest = functools.cache(lambda: stacked.fastest(agent.update, agent, args.compile, args.cudagraphs and args.cuda))
+    fastest = functools.cache(
+        lambda: stacked.fastest(agent.update, agent, args.compile, args.cudagraphs and device.type == "cuda")
+    )
 
     with Run(__file__, args, task, envs, agent) as run:
         while True:

@@ -16,7 +16,7 @@ import typing
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import filelock
 import numpy as np
@@ -75,14 +75,16 @@ class Args:
     """seed of the first model; the others have seed + 1, seed + 2, ..."""
     num_seeds: int = 1
     """number of seeds to train in parallel (for each combination, if flags have several values)"""
-    cuda: bool = torch.cuda.is_available()
-    """train on the GPU"""
+    device: str = "auto"
+    """auto (a CUDA GPU if there is one, else the CPU), cpu, cuda, cuda:1, ..., or mps"""
     torch_deterministic: bool = True
     """use deterministic kernels, so that a run can be repeated exactly on the same machine"""
     compile: bool = False
     """compile losses and policy with torch.compile; takes about a minute; on by default for runs of 10,000 updates or more"""
-    cudagraphs: bool = torch.cuda.is_available()
-    """replay each update as a CUDA graph (ignored with --no-cuda)"""
+    cudagraphs: bool = True
+    """on CUDA: replay each update as a CUDA graph"""
+    matmul_precision: Literal["highest", "high"] = "highest"
+    """of float32 matrix products on CUDA; high: TF32, faster and with a mantissa of 10 bits in place of 23"""
     resume: Annotated[str | None, tyro.conf.arg(metavar="RUN_DIR")] = None
     """folder of a run to continue exactly where it stopped, with the settings it was started with"""
     evaluate_only: int | None = None
@@ -188,9 +190,7 @@ def parse_args(cls: type, task_defaults: Callable[[str], dict[str, Any]], argv: 
     env_id = given.env_id if given.env_id is not None else cls.env_id if given.data is None else ""
     if given.resume is not None:
         settings = saved_settings(cls, read_config(given.resume)["args"], f"--resume {given.resume}")
-        # The run may continue on a machine without a GPU (--no-cuda)
-        settings |= {"resume": given.resume, "cudagraphs": settings["cudagraphs"] and torch.cuda.is_available()}
-        return cli(cls, argv, default=cls(**settings))
+        return cli(cls, argv, default=cls(**(settings | {"resume": given.resume})))
     settings = {"env_id": env_id, **task_defaults(env_id)}
     default = cls(**settings)
     args = cli(cls, argv, default=dataclasses.replace(default, compile=default.total_steps >= 10_000))
@@ -275,12 +275,19 @@ def check_stop() -> None:
 # ---- devices and files -------------------------------------------------------------------------------------------------
 
 
-def find_device(args: Any) -> torch.device:
-    """The device to train on. Raises UserError if a GPU is requested and there is none."""
-    for flag in ("cuda", "cudagraphs"):
-        usable = not getattr(args, flag, False) or torch.cuda.is_available()
-        check(usable, f"--{flag}: PyTorch finds no usable GPU here{driver_note()}; train on the CPU with --no-{flag}")
-    return torch.device("cuda" if args.cuda else "cpu")
+def find_device(name: str) -> torch.device:
+    """The device that `--device` names. Raises UserError if there is no such device here."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    check(re.fullmatch(r"cpu|mps|cuda(:\d{1,2})?", name), f"--device {name}: there are auto, cpu, cuda, cuda:1, ... and mps")
+    device = torch.device(name)
+    usable = {
+        "cpu": lambda: True,
+        "mps": torch.backends.mps.is_available,
+        "cuda": lambda: torch.cuda.is_available() and (device.index or 0) < torch.cuda.device_count(),
+    }
+    check(usable[device.type](), f"--device {name}: PyTorch finds no such GPU here{driver_note()}; use --device cpu")
+    return device
 
 
 def driver_note() -> str:
@@ -293,8 +300,8 @@ def driver_note() -> str:
 
 def device_name(device: torch.device) -> str:
     """The name of the GPU, or of the CPU and the number of threads that PyTorch uses."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
+    if device.type != "cpu":
+        return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} GPU"
     try:
         name = re.search(r"model name\s*: (.+)", Path("/proc/cpuinfo").read_text())[1]
     except (OSError, TypeError):  # not Linux, or a processor without a name there
@@ -302,13 +309,16 @@ def device_name(device: torch.device) -> str:
     return f"{name}, {torch.get_num_threads()} thread(s)"
 
 
-def seed_everything(seed: int, deterministic: bool) -> None:
-    """Seed PyTorch and choose whether its kernels must be deterministic."""
+def set_up_torch(args: Args, device: torch.device) -> None:
+    """Seed PyTorch; set its current GPU, the precision of its products and whether its kernels must be deterministic."""
+    if device.index is not None:
+        torch.cuda.set_device(device)
+    torch.set_float32_matmul_precision(args.matmul_precision)
     # cuBLAS needs this for reproducible results; filling uninitialised memory is for debugging and costs time
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.utils.deterministic.fill_uninitialized_memory = False
-    torch.use_deterministic_algorithms(deterministic)
-    torch.manual_seed(seed)
+    torch.use_deterministic_algorithms(args.torch_deterministic)
+    torch.manual_seed(args.seed)
 
 
 def progress_bar(**kwargs: Any) -> tqdm:
@@ -398,9 +408,6 @@ def saved_settings(cls: type, saved: dict[str, Any], place: str) -> dict[str, An
 
 def open_checkpoint(file: str | Path, device: torch.device | str = "cpu") -> dict[str, Any]:
     """A checkpoint as `Run` saved it. Raises UserError if it is missing, damaged or something else."""
-    check(
-        torch.device(device).type != "cuda" or torch.cuda.is_available(), f'no usable GPU here: use device="cpu", not "{device}"'
-    )
     try:
         with zipfile.ZipFile(file) as archive:  # torch does not verify the checksums in its own files
             check(archive.testzip() is None, "a checksum is wrong")
@@ -417,7 +424,7 @@ def load_policy(
     checkpoint: str, script: str, make_agent: Callable, cls: type, index: int, device: str, seed: int, **changes: Any
 ) -> Callable[[np.ndarray], np.ndarray]:
     """What every script's `load_policy` does. `changes`: settings that differ from the checkpoint's, unless None."""
-    saved = open_checkpoint(checkpoint, device)
+    saved = open_checkpoint(checkpoint, find_device(device))
     check(saved["exp_name"] == Path(script).stem, f"{checkpoint} was written by {saved['exp_name']}.py: load it with that script")
     args = cls(**saved_settings(cls, saved["args"], checkpoint))
     check(-args.num_models <= index < args.num_models, f"{checkpoint} holds {args.num_models} model(s): there is no {index}")
@@ -426,10 +433,12 @@ def load_policy(
     args = dataclasses.replace(args.of_model(index), compile=False, track=False, **changes)
     args.check()
     low, high = (saved[name].cpu().numpy() for name in ("action_low", "action_high"))
-    agent = make_agent(args, saved["obs_dim"], len(low), torch.device(device))
+    agent = make_agent(args, saved["obs_dim"], len(low), find_device(device))
     params = dict(agent.named_parameters())
     with torch.no_grad():
         for name, value in agent.state_dict(keep_vars=True).items():
+            if name.split(".")[0] in saved.get("left_out", ()):  # what acting does not need (tools.export)
+                continue
             check(name in saved["agent"], f"{checkpoint} has no {name}: it is of another version of {saved['exp_name']}.py")
             value.copy_(saved["agent"][name][index : index + 1] if name in params else saved["agent"][name])
     check(all(bool(param.isfinite().all()) for param in params.values()), f"{checkpoint} holds NaN or infinity: train again")

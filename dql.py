@@ -298,13 +298,15 @@ def load_policy(checkpoint: str, index: int = 0, device: str = "cpu", seed: int 
 def main(args: Args) -> dict[str, Any]:
     """Train and evaluate. Returns the run's folder and the rows of its eval.csv; raises UserError for bad input."""
     args.check()
-    device = common.find_device(args)
+    device = common.find_device(args.device)
     task = tasks.load_task(args)
     envs = evaluation.make_envs(task.make_env, args)
-    common.seed_everything(args.seed, args.torch_deterministic)
+    common.set_up_torch(args, device)
     data = make_data(task, args, device)
     agent = DQL(args, task.obs.shape[1], task.actions.shape[1], device, data)
-    fastest = functools.cache(lambda: stacked.fastest(agent.update, agent, args.compile, args.cudagraphs and args.cuda))
+    fastest = functools.cache(
+        lambda: stacked.fastest(agent.update, agent, args.compile, args.cudagraphs and device.type == "cuda")
+    )
 
     with Run(__file__, args, task, envs, agent) as run:
         while True:

@@ -376,16 +376,16 @@ def load_policy(
 def main(args: Args) -> dict[str, Any]:
     """Train and evaluate. Returns the run's folder and the rows of its eval.csv; raises UserError for bad input."""
     args.check()
-    device = common.find_device(args)
+    device = common.find_device(args.device)
     task = tasks.load_task(args)
     envs = evaluation.make_envs(task.make_env, args)
-    common.seed_everything(args.seed, args.torch_deterministic)
+    common.set_up_torch(args, device)
     rewards = task.rewards - 1 if task.sparse_goal else task.rewards  # AntMaze: -1 on the way, 0 at the goal
     data = Transitions(task.obs, task.actions, rewards, task.terminals, task.next_obs, device)
     agent = DTQL(args, task.obs.shape[1], task.actions.shape[1], device, data)
-    fastest = functools.cache(
+    fastest = functools.lru_cache(1)(
         lambda training: stacked.fastest(
-            functools.partial(agent.update, training), agent, args.compile, args.cudagraphs and args.cuda
+            functools.partial(agent.update, training), agent, args.compile, args.cudagraphs and device.type == "cuda"
         )
     )
 

@@ -1,7 +1,6 @@
 """DTQL, offline and then online: `dtql_continuous.py`, which goes on learning in the environment.
 
-After the offline phase every update follows a step of the environment, taken with a sample of the one-step policy, and its
-minibatch comes from the data and the online transitions together. What the paper says of the offline phase:
+Then every update follows a step with a sample of the policy, on minibatches of data and online transitions. What is offline:
 
 A diffusion policy only clones behaviour; a one-step policy is deployed. The one-step policy maximises an IQL critic
 and is held near the data by a diffusion trust-region loss. Equation, section and appendix numbers are those of Chen,
@@ -16,28 +15,26 @@ import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
 import torch.nn as nn
-import tyro
 from torch import Tensor
 
 import common
 import evaluation
+import online
 import stacked
 import tasks
 from best_of import BestOf, repeat_states
 from common import check
-from online import Online, Replay
 from run_folder import Run
 from stacked import Batch, LayerNorm, Linear, Metrics, Mish, Transitions
 
 
 @dataclass
-class Args(common.Args):
+class Args(online.Args):
     """DTQL, offline and then online. The defaults shown are those of the given task (Table 4 of the paper)."""
 
     sweep = ("alpha", "expectile")
@@ -64,10 +61,6 @@ class Args(common.Args):
     num_candidates: int = 1024
     """actions sampled from the policy in each state, one of which is taken with probability softmax(Q) (Appendix D)"""
 
-    online_steps: int = 20_000
-    """steps in the environment after the offline phase, with an update each"""
-    offline: Annotated[str | None, tyro.conf.arg(name="from", metavar="RUN_DIR")] = None
-    """run of dtql_continuous.py with the same task and networks, which takes the place of the offline phase"""
     offline_ratio: float | None = None
     """share of the data in each minibatch; default: data and online transitions are equally likely"""
     freeze_denoiser: bool = False
@@ -78,28 +71,6 @@ class Args(common.Args):
     """go on with --nll in the online phase"""
     critic: Literal["iql", "td"] = "iql"
     """critic of the online phase: as offline, or Q(s', pi(s')) in place of V(s')"""
-    warmup_steps: int = 0
-    """steps in the environment before the first of --online-steps, without updates"""
-
-    @property
-    def offline_steps(self) -> int:
-        """Updates before the online phase."""
-        return self.pretrain_steps + self.epochs * self.steps_per_epoch
-
-    @property
-    def total_steps(self) -> int:
-        """Updates of the whole run."""
-        return self.offline_steps + self.online_steps
-
-    def evaluated_at(self, step: int) -> bool:
-        """As offline, at the end of the offline phase, and after 1/8, 1/4, 1/2 and all of the online steps."""
-        if step < self.offline_steps:
-            return super().evaluated_at(step)
-        return step - self.offline_steps in (0, *(self.online_steps // part for part in (8, 4, 2, 1)))
-
-    def phase(self, step: int) -> str:
-        """The phase that an evaluation after `step` updates belongs to."""
-        return "offline" if step <= self.offline_steps else "online"
 
     def check(self) -> None:
         """Raise UserError for invalid settings."""
@@ -111,8 +82,6 @@ class Args(common.Args):
         check(0 < self.tau <= 1, f"--tau must lie in (0, 1], not {self.tau}")
         check(0 <= self.pretrain_epochs <= 1e9, f"--pretrain-epochs must not be negative, not {self.pretrain_epochs}")
         check(1 <= self.num_candidates <= 1e6, f"--num-candidates must be at least 1, not {self.num_candidates}")
-        check(0 <= self.online_steps <= 1e9, f"--online-steps must not be negative, not {self.online_steps}")
-        check(0 <= self.warmup_steps <= 1e9, f"--warmup-steps must not be negative, not {self.warmup_steps}")
         check(self.offline_ratio is None or 0 <= self.offline_ratio <= 1, "--offline-ratio must lie in [0, 1]")
         check(self.online_alpha is None or 0 <= self.online_alpha < math.inf, "--online-alpha must be at least 0")
         if self.policy == "implicit":
@@ -331,7 +300,7 @@ class DTQL(nn.Module):
 
         self.explore = BestOf(self.sample, action_dim, compile=args.compile)  # a plain sample
         self.online, self.td, self.nll = False, False, args.nll
-        self.replay = Replay(data, args.num_models, args.warmup_steps + args.online_steps) if data else None
+        self.replay = online.Replay(data, args.num_models, args.warmup_steps + args.online_steps) if data else None
 
     def start_online(self) -> None:
         """End of the offline phase."""
@@ -447,26 +416,26 @@ def load_policy(
 def main(args: Args) -> dict[str, Any]:
     """Train and evaluate. Returns the run's folder and the rows of its eval.csv; raises UserError for bad input."""
     args.check()
-    device = common.find_device(args)
+    device = common.find_device(args.device)
     task = tasks.load_task(args)
     envs = evaluation.make_envs(task.make_env, args)
-    common.seed_everything(args.seed, args.torch_deterministic)
+    common.set_up_torch(args, device)
     check(task.make_env is not None, "the online phase needs an environment: give --env-id")
     data = Transitions(task.obs, task.actions, transform(task, task.rewards), task.terminals, task.next_obs, device)
     if args.offline is not None:
         args = replace(args, pretrain_epochs=0, epochs=0)
     agent = DTQL(args, task.obs.shape[1], task.actions.shape[1], device, data)
-    fastest = functools.cache(
-        lambda training: stacked.fastest(
-            functools.partial(agent.update, training), agent, args.compile, args.cudagraphs and args.cuda
+    fastest = functools.lru_cache(1)(
+        lambda training, *_: stacked.fastest(
+            functools.partial(agent.update, training), agent, args.compile, args.cudagraphs and device.type == "cuda"
         )
     )
 
     if args.offline is not None and args.resume is None:
-        load_offline(agent, args.offline)
+        online.load_offline(agent, args.offline)
     with Run(__file__, args, task, envs, agent) as run:
-        online = Online(agent, task, functools.partial(transform, task), run.dir)
-        run.before_save = online.save
+        collector = online.Collector(agent, task, functools.partial(transform, task), run.dir)
+        run.before_save = collector.save
         while True:
             if run.evaluation_due():
                 run.evaluate(agent.act)
@@ -476,25 +445,15 @@ def main(args: Args) -> dict[str, Any]:
                 agent.start_training()
             if run.step >= args.offline_steps:
                 agent.start_online()
-            update = fastest(training=run.step >= args.pretrain_steps)
+            update = fastest(run.step >= args.pretrain_steps, agent.online)
             for _ in range(run.until_log()):
-                while agent.online and online.size <= args.warmup_steps + run.step - args.offline_steps:
-                    online.step()
+                while agent.online and collector.size <= args.warmup_steps + run.step - args.offline_steps:
+                    collector.step()
                 run.advance(update())
             run.log()
         run.save()
-        online.envs.close()
+        collector.envs.close()
     return run.summary()
-
-
-def load_offline(agent: DTQL, run_dir: str) -> None:
-    """Take networks and optimizers of a run of dtql_continuous.py. Raises UserError if they do not fit."""
-    saved = common.open_checkpoint(Path(run_dir) / "checkpoint.pt", agent.device)
-    check(saved["exp_name"] == "dtql_continuous", f"--from {run_dir} is not a run of dtql_continuous.py: give one that is")
-    try:
-        stacked.load_state(agent, {**stacked.state_of(agent), **saved["agent"]})
-    except ValueError as error:
-        raise common.UserError(f"--from {run_dir}: {error}: give the flags of that run") from None
 
 
 if __name__ == "__main__":

@@ -62,6 +62,11 @@ class _Shard:
             raise EnvironmentFailure(f"the environment gave an observation {what}: its score would mean nothing")
         return np.asarray(obs, np.float32)
 
+    def describe(self, *_: Any) -> tuple[np.ndarray, ...]:
+        env = self.envs[0]
+        limit = env.spec and env.spec.max_episode_steps or 0
+        return env.action_space.low[None], env.action_space.high[None], np.array([(*env.observation_space.shape, limit)])
+
     def close(self) -> None:
         for env in self.envs:
             env.close()
@@ -116,11 +121,12 @@ class LockstepEnvs:
     max_workers: int | None = None  # set if several runs share a machine
 
     def __init__(self, make_env: Callable[[], gym.Env], seeds: Sequence[int], num_workers: int | None = None):
-        """`seeds`: one per copy. `num_workers`: below 2 all copies live in this process; None chooses by cores."""
+        """`seeds`: one per copy. `num_workers`: with 0 all copies live in this process; None chooses by cores."""
         if num_workers is None:  # with fewer than 4 copies each, messages cost more than workers save
             num_workers = min(num_cores() - 1 if self.max_workers is None else self.max_workers, len(seeds) // 4)
+            num_workers = num_workers if num_workers > 1 else 0
         self.num_copies, self.pipes, self.processes = len(seeds), [], []
-        self.local = _Shard(make_env, seeds) if num_workers < 2 else None
+        self.local = None if num_workers else _Shard(make_env, seeds)
         if self.local:
             return
         self.starts = np.linspace(0, len(seeds), num_workers + 1).astype(int)
@@ -143,7 +149,9 @@ class LockstepEnvs:
         try:
             answer = pipe.recv()
         except (EOFError, OSError):
-            raise EnvironmentFailure("an evaluation worker has died (killed, or out of memory?)") from None
+            raise EnvironmentFailure(
+                "an evaluation worker has died (killed, out of memory, or ended by its environment?)"
+            ) from None
         if isinstance(answer, Exception):
             raise answer
         return answer
@@ -171,6 +179,11 @@ class LockstepEnvs:
         Returns obs (m, S), rewards (m,), done (m,), terminated (m,) and the rewards that the data have (m,).
         """
         return self._call("step", indices, actions)
+
+    def describe(self) -> tuple[np.ndarray, np.ndarray, int, int | None]:
+        """Bounds of the actions (A,), size of the observations, and steps after which an episode is cut, if it is."""
+        (low,), (high,), ((obs_dim, limit),) = self._call("describe", np.zeros(1, int), np.zeros(1))
+        return low, high, int(obs_dim), int(limit) or None
 
     def close(self) -> None:
         """Close the environments and end the worker processes."""

@@ -2,17 +2,59 @@
 
 import os
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
 import torch.nn as nn
+import tyro
 from torch import Tensor
 
+import common
 import evaluation
+import stacked
 from common import check
 from stacked import Batch, Transitions
+
+
+@dataclass
+class Args(common.Args):
+    """The arguments of every script with an online phase."""
+
+    online_steps: int = 20_000
+    """steps in the environment after the offline phase, with an update each"""
+    warmup_steps: int = 0
+    """steps in the environment before the first of --online-steps, without updates"""
+    offline: Annotated[str | None, tyro.conf.arg(name="from", metavar="RUN_DIR")] = None
+    """run of dtql_continuous.py with the same task and networks, which takes the place of the offline phase"""
+
+    def check(self) -> None:
+        """Raise UserError for invalid settings."""
+        super().check()
+        check(0 <= self.online_steps <= 1e9, f"--online-steps must not be negative, not {self.online_steps}")
+        check(0 <= self.warmup_steps <= 1e9, f"--warmup-steps must not be negative, not {self.warmup_steps}")
+
+    @property
+    def offline_steps(self) -> int:
+        """Updates before the online phase."""
+        return self.pretrain_steps + self.epochs * self.steps_per_epoch
+
+    @property
+    def total_steps(self) -> int:
+        """Updates of the whole run."""
+        return self.offline_steps + self.online_steps
+
+    def evaluated_at(self, step: int) -> bool:
+        """As offline, at the end of the offline phase, and after 1/8, 1/4, 1/2 and all of the online steps."""
+        if step < self.offline_steps:
+            return super().evaluated_at(step)
+        return step - self.offline_steps in (0, *(self.online_steps // part for part in (8, 4, 2, 1)))
+
+    def phase(self, step: int) -> str:
+        """The phase that an evaluation after `step` updates belongs to."""
+        return "offline" if step <= self.offline_steps else "online"
 
 
 class Replay(nn.Module):
@@ -40,7 +82,7 @@ class Replay(nn.Module):
         return self.data.columns(torch.where((index < n)[..., None], old, new))
 
 
-class Online:
+class Collector:
     """K environments, one per model, that step together; what is seen in them goes to the agent's `replay`.
 
     A resumed run brings them back to where they were: each episode has its seed, and its actions are the last rows.
@@ -50,9 +92,7 @@ class Online:
         """agent: with `replay` and `explore(obs (K, 1, S), generator) -> actions (K, 1, A)`. transform: of the rewards."""
         self.agent, self.task, self.transform, self.replay, self.saved = agent, task, transform, agent.replay, 0
         self.size, self.steps = int(self.replay.size), self.replay.episode_steps.cpu().numpy().copy()
-        self.everyone, self.generator = np.arange(len(self.steps)), torch.default_generator
-        if agent.device.type == "cuda":
-            self.generator = torch.cuda.default_generators[torch.cuda.current_device()]
+        self.everyone, self.generator = np.arange(len(self.steps)), stacked.default_generator(self.replay.size.device)
         instances = np.random.SeedSequence([agent.args.seed, 1]).generate_state(len(self.steps))
         self.envs = evaluation.LockstepEnvs(task.make_env, instances)
         self.obs = self.envs.reset(self.everyone, self.seeds(self.everyone))
@@ -104,3 +144,13 @@ class Online:
             running = self.everyone[self.steps >= ago]
             actions = rows[running, self.size - ago, start : start + len(self.task.action_low)]
             self.obs[running] = self.envs.step(running, self.to_env(actions))[0]
+
+
+def load_offline(agent: Any, run_dir: str) -> None:
+    """Take networks and optimizers of a run of dtql_continuous.py. Raises UserError if they do not fit."""
+    saved = common.open_checkpoint(Path(run_dir) / "checkpoint.pt", agent.device)
+    check(saved["exp_name"] == "dtql_continuous", f"--from {run_dir} is not a run of dtql_continuous.py: give one that is")
+    try:
+        stacked.load_state(agent, {**stacked.state_of(agent), **saved["agent"]})
+    except ValueError as error:
+        raise common.UserError(f"--from {run_dir}: {error}: give the flags of that run") from None

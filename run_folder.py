@@ -31,7 +31,7 @@ EVAL_FIELDS = ("epoch", "seed", "return_mean", "return_std", "score_mean", "scor
                "train_seconds", "eval_seconds")  # fmt: skip
 EPISODE_FIELDS = ("epoch", "seed", "episode", "return", "score", "length")
 # When a run is resumed; data may have moved
-MAY_CHANGE = ("resume", "run_dir", "cuda", "compile", "cudagraphs", "data", "evaluate_only", "track")
+MAY_CHANGE = ("resume", "run_dir", "device", "compile", "cudagraphs", "data", "evaluate_only", "track")
 MAY_GROW = ("epochs", "eval_episodes")
 
 
@@ -88,7 +88,7 @@ class Run:
             except BaseException:
                 shutil.rmtree(self.dir, ignore_errors=True)
                 raise
-        if not args.cuda and not torch.cuda.is_available():
+        if args.device == "auto" and self.device.type == "cpu":
             print(f"no usable GPU found{common.driver_note()}: training on the CPU", file=sys.stderr)
         print(f"{self.dir}: {args.num_models} model(s), {len(task.obs):,} transitions from {task.origin}, on {self.device}")
 
@@ -122,8 +122,8 @@ class Run:
         try:
             stacked.load_state(self.agent, saved["agent"])
             torch.set_rng_state(saved["random_state"].cpu())
-            if self.device.type == "cuda" and saved["cuda_random_state"] is not None:
-                torch.cuda.set_rng_state(saved["cuda_random_state"].cpu())
+            if self.device.type != "cpu" and saved.get(f"{self.device.type}_random_state") is not None:
+                stacked.default_generator(self.device).set_state(saved[f"{self.device.type}_random_state"].cpu())
         except (ValueError, RuntimeError, TypeError) as error:
             raise UserError(f"{place}: its checkpoint does not fit ({line(error)}): it is of another script or version") from None
         for name in ("step", "logged_step", "train_seconds", "sums", "rows"):
@@ -348,7 +348,7 @@ class Run:
             "action_high": torch.as_tensor(self.task.action_high),
             "agent": state,
             "random_state": torch.get_rng_state(),
-            "cuda_random_state": torch.cuda.get_rng_state() if self.device.type == "cuda" else None,
+            f"{self.device.type}_random_state": stacked.default_generator(self.device).get_state(),
         }
         content = io.BytesIO()
         torch.save(checkpoint, content)

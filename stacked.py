@@ -224,6 +224,13 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     return torch.compile(function, dynamic=False)
 
 
+def default_generator(device: torch.device) -> torch.Generator:
+    """The generator that draws on `device` unless another one is given."""
+    if device.type == "cuda":
+        return torch.cuda.default_generators[device.index]
+    return torch.mps._get_default_mps_generator() if device.type == "mps" else torch.default_generator
+
+
 def fastest(update: Callable[[], Metrics], agent: nn.Module, compile: bool, graph: bool) -> Callable[[], Metrics]:
     """The fastest version of `update` that works: compiled if the agent compiles its losses, captured if `graph`.
 
@@ -232,8 +239,7 @@ def fastest(update: Callable[[], Metrics], agent: nn.Module, compile: bool, grap
     """
     if not (compile or graph):
         return update
-    started, cuda = time.perf_counter(), next(agent.parameters()).is_cuda
-    generator = torch.cuda.default_generators[torch.cuda.current_device()] if cuda else torch.default_generator
+    started, generator = time.perf_counter(), default_generator(next(agent.parameters()).device)
     state = list(state_of(agent).values())
     saved, random_state = [tensor.clone() for tensor in state], generator.get_state()
 
@@ -245,7 +251,7 @@ def fastest(update: Callable[[], Metrics], agent: nn.Module, compile: bool, grap
     def second_metrics(update: Callable[[], Metrics]) -> Tensor:
         restore()  # two updates, because an optimizer that does nothing shows in the second
         update()
-        return torch.stack([value.double().mean() for value in update().values()]).cpu()
+        return torch.stack([value.float().mean() for value in update().values()]).cpu()
 
     fast = update
     with torch.compiler.set_stance("force_eager"):

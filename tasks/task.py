@@ -148,19 +148,20 @@ def check_and_scale(task: Task) -> Task:
 
 
 def _try_env(make_env: Callable[[], gym.Env]) -> tuple[int, tuple[np.ndarray, np.ndarray], int | None]:
-    """Size of observations, bounds of actions and steps per episode, after one step, so that errors show before any training."""
+    """Size of observations, bounds of actions and steps per episode, after one step, so that errors show before any training.
+
+    In a process of its own, which the environment may end.
+    """
     try:
         with evaluation.reported(lambda: "waiting for the environment's first reset and step"):
-            envs = evaluation.LockstepEnvs(make_env, [0], num_workers=1)
-            env, first = envs.local.envs[0], np.zeros(1, int)
-            space = env.action_space
-            envs.step(first, evaluation.to_env_units(np.zeros((1, *space.shape)), space.low, space.high))
-            envs.close()
+            with contextlib.closing(evaluation.LockstepEnvs(make_env, [0], num_workers=1)) as envs:
+                low, high, obs_dim, limit = envs.describe()
+                envs.step(np.zeros(1, int), evaluation.to_env_units(np.zeros((1, len(low))), low, high))
     except UserError:
         raise
     except Exception as error:
         raise UserError(f"the environment does not work: {line(error)[:400]}") from None
-    return env.observation_space.shape[0], (space.low, space.high), env.spec and env.spec.max_episode_steps
+    return obs_dim, (low, high), limit
 
 
 def check_env(env: gym.Env, name: str) -> gym.Env:

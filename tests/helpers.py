@@ -31,7 +31,7 @@ from tasks import Task
 from tools import import_method, methods
 
 ROOT = Path(__file__).parent.parent
-TINY = dict(epochs=2, steps_per_epoch=20, eval_episodes=2, batch_size=32, cuda=False, compile=False, cudagraphs=False)
+TINY = dict(epochs=2, steps_per_epoch=20, eval_episodes=2, batch_size=32, device="cpu", compile=False)
 METHODS = [import_method(name) for name in methods()]
 # Shorter and smaller where a method's own flags allow it
 OWN = {
@@ -173,7 +173,7 @@ def make_agent(num_seeds: int = 1, obs_dim: int = 3, action_dim: int = 2, rows: 
         rng.random(rows) < 0.1,
         rng.standard_normal((rows, obs_dim)),
     ]
-    settings = {**TINY, **own(module), "num_seeds": num_seeds, "cuda": device == "cuda", **changes}
+    settings = {**TINY, **own(module), "num_seeds": num_seeds, "device": device, **changes}
     data = stacked.Transitions(*(array.astype(np.float32) for array in arrays), torch.device(device))
     extra = {"ends": torch.as_tensor(arrays[3], dtype=torch.float32, device=device)} if "chunk" in settings else {}
     return agent_class(module)(module.Args(**settings), obs_dim, action_dim, torch.device(device), data, **extra)
@@ -215,7 +215,6 @@ def changed_networks(agent, before: dict[str, Tensor]) -> set[str]:
 FLAGS = [
     f"--{'' if value is not False else 'no-'}{name.replace('_', '-')}{'' if isinstance(value, bool) else f'={value}'}"
     for name, value in TINY.items()
-    if name != "cudagraphs"
 ]
 
 

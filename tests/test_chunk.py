@@ -20,7 +20,7 @@ def agent_on(rewards, terminals, ends, chunk=3, gamma=0.5, **settings):
     data = Transitions(
         rows, rows / 10, np.array(rewards, np.float32), np.array(terminals, np.float32), rows + 1, torch.device("cpu")
     )
-    args = dtql_chunk.Args(chunk=chunk, gamma=gamma, batch_size=64, cuda=False, cudagraphs=False, **settings)
+    args = dtql_chunk.Args(chunk=chunk, gamma=gamma, batch_size=64, **settings)
     return dtql_chunk.DTQL(args, 1, 1, torch.device("cpu"), data, torch.tensor(ends, dtype=torch.float32))
 
 

@@ -94,7 +94,7 @@ def make(monkeypatch):
     def make(module, num_seeds: int = 1, **changes):
         with monkeypatch.context() as patch:  # Adam's constructor asks whether the learning rate is positive
             patch.setattr(Tensor, "__bool__", lambda self: True)
-            return make_agent(num_seeds, 11, 3, module=module, device="cuda:0", cuda=True, **changes)
+            return make_agent(num_seeds, 11, 3, module=module, device="cuda:0", **changes)
 
     return make
 

@@ -48,7 +48,7 @@ def test_acting_is_in_bounds_and_seeded(module):
 
 
 def test_a_run_resumes_on_the_gpu_and_continues_on_the_cpu(hopper, tmp_path, monkeypatch):
-    settings = dict(cuda=True, cudagraphs=True)
+    settings = dict(device="cuda")
     whole, resumed = whole_and_resumed(tmp_path, monkeypatch, **settings)
     assert len(rows_of(whole)) == len(rows_of(resumed)) == 1
     for name, param in params_of(whole).items():

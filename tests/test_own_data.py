@@ -1,6 +1,7 @@
 """`--data`: files of one's own, with an environment and without one; what is refused, with the question that is open."""
 
 import json
+import os
 
 import gymnasium as gym
 import h5py
@@ -216,6 +217,8 @@ class Wrong(gym.Env):
     def step(self, action):
         if self.what == "exit":
             raise SystemExit(0)
+        if self.what == "vanish":
+            os._exit(0)
         if self.what == "error":
             raise ZeroDivisionError("by zero")
         obs = np.full(3, np.nan) if self.what == "nan" else np.zeros(3)
@@ -225,7 +228,7 @@ class Wrong(gym.Env):
 
 @pytest.mark.parametrize(
     ("what", "message"),
-    [("shape", r"of shape \(1,\), not \(3,\)"), ("exit", "SystemExit"),
+    [("shape", r"of shape \(1,\), not \(3,\)"), ("exit", "SystemExit"), ("vanish", "has died"),
      ("error", "ZeroDivisionError: by zero.*test_own_data.py:"), ("nan", "NaN"), ("reward", "not one finite number"),
      ("old", "ValueError")],
 )  # fmt: skip

@@ -89,7 +89,7 @@ class Job(NamedTuple):
         """The script's arguments: a new run, or the one that is there, from its checkpoint."""
         checkpoints = sorted(Path(self.folder).glob("*/checkpoint.pt"))
         if checkpoints:
-            hardware = [flag for flag in self.flags if flag in ("--cuda", "--no-cuda", "--cudagraphs", "--no-cudagraphs")]
+            hardware = [flag for flag in self.flags if flag.startswith("--device=")]
             return ["--resume", str(checkpoints[-1].parent), *hardware]
         return [
             "--env-id",
@@ -139,8 +139,7 @@ def make_jobs(args: Args, flags: Sequence[str]) -> list[Job]:
         check(not own, f"{flag} cannot be passed on: the benchmark sets it for each run")
     seeds = range(args.num_seeds) if args.one_run_per_seed else [0]
     # Runs of the same shapes share the compiler's cache, so that it pays even for short ones
-    gpu = ("--cuda", "--cudagraphs") if args.gpus_per_run else ("--no-cuda", "--no-cudagraphs")
-    hardware = ("--compile", *gpu)
+    hardware = ("--compile", f"--device={'cuda' if args.gpus_per_run else 'cpu'}")
     out = Path(args.out_dir).absolute()
     num_seeds = 1 if args.one_run_per_seed else args.num_seeds
     jobs = itertools.product(expand_tasks(args.tasks), dict.fromkeys(args.methods), seeds)

@@ -25,7 +25,6 @@ import collections
 import copy
 import functools
 import platform
-import resource
 import statistics
 import sys
 import time
@@ -56,8 +55,8 @@ from tools import import_method, methods
 class Args:
     """Measure updates per second and actions per second, of DTQL in its variants and of all methods."""
 
-    cuda: bool = torch.cuda.is_available()
-    """measure on the GPU"""
+    device: str = "auto"
+    """auto (a CUDA GPU if there is one, else the CPU), cpu, cuda or cuda:1, ..."""
     models: tuple[int, ...] = (1, 5) if torch.cuda.is_available() else (1,)
     """numbers of models that train at once"""
     batch_sizes: tuple[int, ...] = (256, 2048)
@@ -242,17 +241,21 @@ def summary(rates: list[float], reference: list[float]) -> dict[str, float]:
     return {name: float(f"{value:.4g}") for name, value in values.items()}
 
 
-def peak_memory(device: torch.device) -> int:
-    """MB: on a GPU of its allocator since the last reset, on the CPU of the process since it began."""
+def peak_memory(device: torch.device) -> int | None:
+    """MB: on a GPU of its allocator since the last reset, on the CPU of the process since it began; None on Windows."""
     if device.type == "cuda":
         return round(torch.cuda.max_memory_allocated() / 2**20)
+    try:
+        import resource
+    except ImportError:
+        return None
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**10 if sys.platform == "linux" else 2**20))
 
 
 def measure_training(task: Task, models: int, batch_size: int, args: Args, device: torch.device) -> list[dict]:
     torch.compiler.reset()
     data = Transitions(*task[:5], device)
-    settings = dict(num_seeds=models, batch_size=batch_size, cuda=device.type == "cuda", **PAPER)
+    settings = dict(num_seeds=models, batch_size=batch_size, **PAPER)
     variants = {"eager": (False, False), "compile": (True, False)}
     if device.type == "cuda":
         variants |= {"graph": (False, True), "both": (True, True)}
@@ -299,7 +302,7 @@ def measure_evaluation(task: Task, args: Args, device: torch.device) -> list[dic
     torch.compiler.reset()
     single, copies = task.make_env(), evaluation.LockstepEnvs(task.make_env, range(10))  # forked before the first CUDA call
     agents = {
-        name: dtql.DTQL(dtql.Args(cuda=device.type == "cuda", compile=compiled, **PAPER), OBS_DIM, ACTION_DIM, device)
+        name: dtql.DTQL(dtql.Args(compile=compiled, **PAPER), OBS_DIM, ACTION_DIM, device)
         for name, compiled in (("eager", False), ("compile", True))
     }
     plain, generator = Plain(task, 256, device), torch.Generator(device).manual_seed(0)
@@ -360,7 +363,7 @@ def make_agent(method: str, data: Transitions | None, args: Args, device: torch.
     """A method's agent with its settings for the task, except for `settings`; one model, as it trains by default."""
     module = import_method(method)
     defaults = module.task_defaults(ENV_ID) | settings
-    own = module.Args(env_id=ENV_ID, cuda=args.cuda, cudagraphs=args.cuda, compile=True, **defaults)
+    own = module.Args(env_id=ENV_ID, compile=True, **defaults)
     (cls,) = (
         cls for cls in vars(module).values() if isinstance(cls, type) and hasattr(cls, "sample") and issubclass(cls, nn.Module)
     )
@@ -434,9 +437,9 @@ def measure_method(method: str, task: Task, batch_size: int | None, args: Args, 
     for stage, update, number in stages(agent):
         if batch_size and stage == "pretraining":
             continue  # nothing in it that training has not
-        fast = stacked.fastest(update, agent, True, args.cuda)
+        fast = stacked.fastest(update, agent, True, device.type == "cuda")
         parts = parts_of(agent, update)
-        if args.cuda:
+        if device.type == "cuda":
             parts = {part: stacked.capture(function) for part, function in parts.items()}
         rates = in_turn({"all": fast, **parts}, args, device)
         seconds = {name: 1000 / statistics.median(values) for name, values in rates.items()}
@@ -527,11 +530,11 @@ def main(args: Args) -> list[dict]:
     common.check(0 < args.seconds <= 1000, f"--seconds must lie in (0, 1000], not {args.seconds}")
     for method in args.methods:
         import_method(method)
-    device = common.find_device(args)
+    device = common.find_device(args.device)
     picture = Path(args.csv).with_suffix(".png")
     for file in (Path(args.csv), picture):
         common.check_writable(file, "--csv")  # now, not after all the measuring
-    common.seed_everything(0, True)
+    common.set_up_torch(common.Args(), device)
     name = common.device_name(device)
     print(f"{name}, {platform.platform()}, Python {platform.python_version()}, torch {torch.__version__}")
     task, rows = random_task(), []
