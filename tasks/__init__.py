@@ -14,7 +14,18 @@ from tasks import d4rl, mazes, minari, ogbench, own
 from tasks.mazes import POINTMAZES
 from tasks.task import Task, check_and_scale, return_range, temporary_files_removed
 
-__all__ = ["POINTMAZES", "Task", "check_id", "d4rl_id", "domain", "is_long", "is_ogbench", "load_task", "return_range"]
+__all__ = [
+    "POINTMAZES",
+    "Task",
+    "check_id",
+    "d4rl_id",
+    "domain",
+    "is_long",
+    "is_ogbench",
+    "load_task",
+    "make_env",
+    "return_range",
+]
 
 gym.logger.min_level = gym.logger.ERROR  # its warnings concern environments that no task here uses
 
@@ -38,6 +49,16 @@ def load_task(args: Args) -> Task:
         task = task._replace(make_env=functools.partial(_limited, task.make_env, args.max_episode_steps))
     with temporary_files_removed():
         return check_and_scale(task)
+
+
+def make_env(args: Args) -> gym.Env | None:
+    """The environment of a task; data are read only where they alone tell (Minari, OGBench, --data). Raises UserError."""
+    kind = None if args.data is not None else d4rl if args.env_id in d4rl.TASKS else mazes if args.env_id in POINTMAZES else None
+    if kind is None:
+        make = load_task(args).make_env
+        return make and make()
+    env = kind.make_env(args.env_id)
+    return env if args.max_episode_steps is None else gym.wrappers.TimeLimit(env, args.max_episode_steps)
 
 
 def _limited(make_env: Callable[[], gym.Env], steps: int) -> gym.Env:

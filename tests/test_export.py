@@ -7,13 +7,14 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from helpers import METHODS, make_args, run_inside
+from helpers import METHODS, make_args, run_here, run_inside
 
+import common
 import dtql_continuous as dtql
 from common import UserError
 from tools import export
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("tiny_networks")]
 
 
 @pytest.fixture
@@ -75,6 +76,21 @@ def test_chunks_and_torch(run_dir):
     folder = run_dir(dtql_chunk, chunk=3)
     assert export.main(export.Args(folder, format="torch", out=f"{folder}/p.pt2")) < 1e-5
     assert torch.export.load(f"{folder}/p.pt2").module()(torch.zeros(3, 4)).shape == (3, 3, 2)
+
+
+@pytest.mark.parametrize("module", METHODS, ids=lambda module: module.__name__)
+def test_a_policy_alone_acts_as_its_run(run_dir, module, tmp_path):
+    """It needs no network that the run does not deploy, and cannot be resumed."""
+    folder, out = run_dir(module, num_seeds=2), tmp_path / "small"
+    assert export.main(export.Args(folder, index=1, format="policy", out=str(out))) == 0
+    whole = common.open_checkpoint(f"{folder}/checkpoint.pt")["agent"]
+    small = common.open_checkpoint(out / "checkpoint.pt")
+    assert small["agent"].keys() < whole.keys() and (small["left_out"] or module.__name__ == "bc")
+    acts = [module.load_policy(f"{path}/checkpoint.pt", index, seed=3) for path, index in ((folder, 1), (out, 0))]
+    obs = np.random.default_rng(1).standard_normal((5, 4), np.float32)
+    assert np.array_equal(acts[0](obs), acts[1](obs))
+    with pytest.raises(UserError, match="its checkpoint does not fit"):
+        run_here(module, "--resume", out)
 
 
 def test_bad_input(run_dir, monkeypatch):

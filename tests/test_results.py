@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 from helpers import ROOT, make_args, run_inside, table
 
+import common
 import dtql_continuous as dtql
-from tools import report
+import tasks
+from tools import import_method, report, watch
 
 pytestmark = pytest.mark.slow
 
@@ -161,3 +163,20 @@ def test_the_table_of_look_alike_data_is_that_of_the_runs():
             f"{config['device'].split(',')[0]}, {config['started'][:10]}",
         ]
         assert rows[key] == expected, key
+
+
+def test_policies_to_look_at():
+    """They are small, act, and those of the mazes find the goal."""
+    folders = sorted(file.parent for file in (RESULTS / "policies").glob("*/config.json"))
+    assert len(folders) >= 2
+    for folder in folders:
+        config = common.read_config(str(folder))
+        assert (folder / "checkpoint.pt").stat().st_size < 2e6
+        act, env = (
+            import_method(config["exp_name"]).load_policy(str(folder / "checkpoint.pt")),
+            tasks.make_env(common.Args(env_id=config["args"]["env_id"])),
+        )
+        if "maze" in config["args"]["env_id"]:
+            assert watch.walk(env, act, 2)[1] > 0, folder
+        else:
+            assert env.action_space.contains(act(env.reset(seed=0)[0])), folder

@@ -1,5 +1,7 @@
 """Write a trained policy as one file that needs neither this project nor, as ONNX, torch: python -m tools.export RUN_DIR
 
+`--format policy` writes a small folder for `load_policy` and `tools.watch` instead: one model, and only what acting needs.
+
 The file maps observations in the environment's units (B, S) to actions in its units (B, A); clamping and scaling are inside.
 
     --mode mean     no noise: the Gaussian's mean through tanh, or what a generator makes of z = 0
@@ -7,6 +9,8 @@ The file maps observations in the environment's units (B, S) to actions in its u
                     min(Q1, Q2) is taken (argmax; `load_policy` of DTQL draws by softmax)
 """
 
+import dataclasses
+import io
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,14 +31,14 @@ ROWS = 256  # observations on which the file is compared with the policy
 
 @dataclass
 class Args:
-    """Write a trained policy as one file."""
+    """Write a trained policy as one file, or as a small run folder."""
 
     run_dir: tyro.conf.Positional[str]
     """folder of a run"""
     index: int = 0
     """model of the run"""
-    format: Literal["onnx", "torch"] = "onnx"
-    """ONNX, or torch.export's .pt2"""
+    format: Literal["onnx", "torch", "policy"] = "onnx"
+    """ONNX, torch.export's .pt2, or a folder with config.json and a checkpoint.pt of the policy alone"""
     mode: Literal["mean", "best"] = "mean"
     """without noise, or the best of several candidates by Q"""
     num_candidates: int = 1
@@ -42,7 +46,7 @@ class Args:
     checkpoint: str = "checkpoint.pt"
     """file in the run's folder: checkpoint.pt or best.pt"""
     out: str | None = None
-    """default: policy.onnx or policy.pt2 in the run's folder"""
+    """default: policy.onnx, policy.pt2 or policy/ in the run's folder"""
 
 
 class Policy(nn.Module):
@@ -74,6 +78,8 @@ def main(args: Args) -> float:
     config = common.read_config(args.run_dir)
     module, checkpoint = import_method(config["exp_name"]), Path(args.run_dir) / args.checkpoint
     act = module.load_policy(str(checkpoint), args.index)
+    if args.format == "policy":
+        return write_policy(act, config, Path(args.out or Path(args.run_dir) / "policy"))
     check(1 <= args.num_candidates <= 1e6, f"--num-candidates must be at least 1, not {args.num_candidates}")
     check(args.mode == "best" or args.num_candidates == 1, "--num-candidates needs --mode best")
     chooses = act.agent.act.critic is not None
@@ -93,6 +99,31 @@ def main(args: Args) -> float:
     what = f"largest difference to load_policy on {ROWS} observations {error:.1e} of the actions' range"
     print(f"{out}: {out.stat().st_size / 1e6:.2f} MB, {what}")
     return error
+
+
+def write_policy(act: Any, config: dict[str, Any], folder: Path) -> float:
+    """Write a run folder of one model that can act but not train. Returns the largest difference of its actions, 0."""
+    common.check_writable(folder / "checkpoint.pt", "--out")
+    agent, networks = act.agent, dict(act.agent.named_children())
+    used = {name for name, network in networks.items() if network is agent.act.critic}  # it is called by way of views
+    for name, network in networks.items():
+        for module in network.modules():
+            module.register_forward_hook(lambda *_, name=name: used.add(name))
+    obs = np.random.default_rng(0).standard_normal((ROWS, act.obs_dim), np.float32)
+    actions, left_out = act(obs), sorted(networks.keys() - used)
+    settings = dataclasses.asdict(agent.args) | {"run_dir": "runs", "resume": None}  # not the paths of this machine
+    saved = {
+        "format": common.FORMAT, "exp_name": config["exp_name"], "args": settings, "obs_dim": act.obs_dim, "left_out": left_out,
+        "agent": {name: value for name, value in agent.state_dict().items() if name.split(".")[0] not in left_out},
+        "action_low": torch.as_tensor(act.low), "action_high": torch.as_tensor(act.high),
+    }  # fmt: skip
+    content = io.BytesIO()
+    torch.save(saved, content)
+    common.write_atomically(folder / "checkpoint.pt", content.getvalue())
+    common.write_atomically(folder / "config.json", json.dumps({**config, "args": settings}, indent=2).encode())
+    again = import_method(config["exp_name"]).load_policy(str(folder / "checkpoint.pt"))
+    print(f"{folder}: {len(content.getvalue()) / 1e6:.2f} MB, without {', '.join(left_out) or 'nothing'}")
+    return float(np.abs(again(obs) - actions).max())
 
 
 def reference(act: Any, policy: Policy, obs: Tensor, noise: Tensor | None = None) -> np.ndarray:

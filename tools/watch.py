@@ -140,9 +140,8 @@ def main(args: Args) -> list[Path]:
     torch.set_num_threads(1)  # one state at a time is too little work for more
     act = module.load_policy(f"{args.run_dir}/checkpoint.pt", args.index)
     settings = module.Args(**common.saved_settings(module.Args, config["args"], args.run_dir))
-    task = tasks.load_task(settings)
-    check(task.make_env is not None, f"{args.run_dir} was trained without an environment: there is nothing to see")
-    env, written, out = task.make_env(), [], Path(args.out)
+    env, written, out = tasks.make_env(settings), [], Path(args.out)
+    check(env is not None, f"{args.run_dir} was trained without an environment: there is nothing to see")
     name = settings.env_id
     if "maze" in name and args.paths:
         common.check_writable(out / "paths.png", "--out")
