@@ -1,12 +1,13 @@
 """The paper's 2-D bandits: what the diffusion trust region does, and what KL regularisation does instead.
 
-    python toy_bandit.py              Figure 6: trust region (top) and KL (bottom) on five problems
+    python toy_bandit.py              Figure 6: trust region and KL on five problems, and between them FAN's flow anchor
     python toy_bandit.py --figure 1   the trust-region loss over the action plane at five noise levels
     python toy_bandit.py --figure 2   KL without any Q
     python toy_bandit.py --figure 3   columns 1 and 5 of Figure 6
 
 One constant state, two-dimensional actions on their raw scale. The whole method in one page: the diffusion model
-(Eq. 2), IQL's critic (Eqs. 6, 7), and the one-step policy with Eq. 4 or Eq. 12 beside -Q (Eq. 5).
+(Eq. 2), IQL's critic (Eqs. 6, 7), and the one-step policy with Eq. 4 or Eq. 12 beside -Q (Eq. 5). The flow anchor is the
+trust region with flow matching in place of Eqs. 2 and 4: without EDM's noise levels and without the weight 1 / c_out^2.
 """
 
 import copy
@@ -56,6 +57,7 @@ BATCH, KL_BATCH = 256, 1024  # a difference of two learnt scores is noisy
 POLICY_RATE = 1e-3  # of the Gaussian policy: slower than what it follows
 FAKE_STEPS = 2  # to one step of the policy, which it must keep up with
 ON_DATA = 0.5  # a sample nearer than this to a data point lies on the data
+FLOW_STD = 7.0  # of the flow's noise: that of the data
 KL_FLOOR = 0.2  # of the weight's denominator: without it the step explodes on the data
 
 
@@ -96,16 +98,17 @@ class Problem:
     sample: Callable[[], Tensor]
     reward: Callable[[Tensor], Tensor]
     trust_region_weight: float
+    anchor_weight: float
     kl_weight: float
     kl_iterations: int
 
 
 PROBLEMS = [
-    Problem("four best corners", gaussians, distance, 0.5, 1.0, 2500),
-    Problem("top left doubled", gaussians, top_left_doubled, 1.0, 1.0, 3500),
-    Problem("centre best", gaussians, lambda a: nearness(a, 15.5), 1.0, 0.5, 3500),
-    Problem("outer end best", swiss_roll, distance, 1.0, 2.0, 1500),
-    Problem("inner end best", swiss_roll, lambda a: nearness(a, 15.5), 1.0, 3.0, 1500),
+    Problem("four best corners", gaussians, distance, 0.5, 0.02, 1.0, 2500),
+    Problem("top left doubled", gaussians, top_left_doubled, 1.0, 0.1, 1.0, 3500),
+    Problem("centre best", gaussians, lambda a: nearness(a, 15.5), 1.0, 0.05, 0.5, 3500),
+    Problem("outer end best", swiss_roll, distance, 1.0, 0.05, 2.0, 1500),
+    Problem("inner end best", swiss_roll, lambda a: nearness(a, 15.5), 1.0, 0.5, 3.0, 1500),
 ]
 
 
@@ -139,8 +142,19 @@ class Denoiser(nn.Module):
         return SIGMA_DATA**2 / variance * noisy + c_out(sigma) * output
 
 
+class Velocity(nn.Module):
+    """The flow's v(x_t, t), from noise at t = 0 to data at t = 1: (B, 2), time (B, 1) -> (B, 2)."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = mlp(2 + 1, 2)
+
+    def forward(self, x: Tensor, time: Tensor) -> Tensor:
+        return self.net(torch.cat((x, time), -1))
+
+
 class GaussianPolicy(nn.Module):
-    """a = scale tanh(mean + std z), the policy of the trust-region row; it starts wide."""
+    """a = scale tanh(mean + std z), the policy of the trust-region and flow-anchor rows; it starts wide."""
 
     def __init__(self, scale: float):
         super().__init__()
@@ -173,6 +187,12 @@ def denoising_loss(denoiser: nn.Module, actions: Tensor, sigma: Tensor) -> Tenso
     """Eq. 2 (actions from the data) and the trust-region loss, Eq. 4 (actions of the policy)."""
     denoised = denoiser(actions + sigma * torch.randn_like(actions), sigma)
     return ((denoised - actions) / c_out(sigma)).square().mean()
+
+
+def anchor_loss(velocity: nn.Module, actions: Tensor, z: Tensor | None = None) -> Tensor:
+    """Flow matching along straight lines (actions from the data); FAN's anchor (those of the policy, with their own z)."""
+    time, noise = torch.rand(len(actions), 1), FLOW_STD * (torch.randn_like(actions) if z is None else z)
+    return (velocity((1 - time) * noise + time * actions, time) - (actions - noise)).square().mean()
 
 
 def kl_loss(real: nn.Module, fake: nn.Module, actions: Tensor, sigma: Tensor) -> Tensor:
@@ -225,10 +245,10 @@ class Trainer:
         self.schedule.step()
 
 
-def start(problem: Problem) -> tuple[Tensor, Denoiser, Critic]:
-    """Data (10000, 2), the diffusion model and the critic, both untrained."""
+def start(problem: Problem, model: type[nn.Module] = Denoiser) -> tuple[Tensor, nn.Module, Critic]:
+    """Data (10000, 2), the diffusion or flow model and the critic, both untrained."""
     data = problem.sample()
-    return data, Denoiser(), Critic(data.abs().max().item())
+    return data, model(), Critic(data.abs().max().item())
 
 
 def minibatches(problem: Problem, data: Tensor, iterations: int, size: int, what: str) -> Iterator[tuple[Tensor, Tensor]]:
@@ -240,35 +260,33 @@ def minibatches(problem: Problem, data: Tensor, iterations: int, size: int, what
 
 
 def pretrain(
-    problem: Problem,
-    data: Tensor,
-    denoiser: Denoiser,
-    trainer: Trainer,
-    size: int,
-    noise: tuple[float, ...] = (),
-    critic: Critic | None = None,
-    critic_trainer: Trainer | None = None,
+    problem: Problem, data: Tensor, denoiser: Denoiser, trainer: Trainer, size: int, noise: tuple[float, ...] = ()
 ) -> None:
-    """Clone the data with the diffusion model (Eq. 2); with a critic train that too."""
-    for actions, rewards in minibatches(problem, data, PRETRAINING, size, "diffusion"):
+    """Clone the data with the diffusion model (Eq. 2)."""
+    for actions, _ in minibatches(problem, data, PRETRAINING, size, "diffusion"):
         trainer.step(denoising_loss(denoiser, actions, sample_sigma(size, *noise)))
-        if critic:
-            critic_trainer.step(critic.loss(actions, rewards))
 
 
-def trust_region(problem: Problem) -> tuple[Tensor, GaussianPolicy]:
-    """Algorithm 1: diffusion model, critic, and a policy held by Eq. 4. Returns the data and the policy."""
-    data, denoiser, critic = start(problem)
-    denoiser_trainer, critic_trainer = (Trainer(net, PRETRAINING + ITERATIONS) for net in (denoiser, critic))
-    pretrain(problem, data, denoiser, denoiser_trainer, BATCH, critic=critic, critic_trainer=critic_trainer)
+def trust_region(problem: Problem, flow: bool = False) -> tuple[Tensor, GaussianPolicy]:
+    """Algorithm 1: diffusion model, critic, and a policy held by Eq. 4; with `flow` by FAN's anchor. Returns data and policy."""
+    data, model, critic = start(problem, Velocity if flow else Denoiser)
+    weight = problem.anchor_weight if flow else problem.trust_region_weight
+
+    def regulariser(actions: Tensor, z: Tensor | None = None) -> Tensor:
+        return anchor_loss(model, actions, z) if flow else denoising_loss(model, actions, sample_sigma(len(actions)))
+
+    model_trainer, critic_trainer = (Trainer(net, PRETRAINING + ITERATIONS) for net in (model, critic))
+    for actions, rewards in minibatches(problem, data, PRETRAINING, BATCH, "flow" if flow else "diffusion"):
+        model_trainer.step(regulariser(actions))
+        critic_trainer.step(critic.loss(actions, rewards))
     policy = GaussianPolicy(1.2 * critic.bound)  # beyond the data: at the edge tanh is flat, and nothing pulls back
     policy_trainer = Trainer(policy, ITERATIONS, POLICY_RATE)
-    for actions, rewards in minibatches(problem, data, ITERATIONS, BATCH, "trust region"):
-        own = policy(torch.randn(BATCH, 2))
+    for actions, rewards in minibatches(problem, data, ITERATIONS, BATCH, "flow anchor" if flow else "trust region"):
+        z = torch.randn(BATCH, 2)
+        own = policy(z)
         critic_trainer.step(critic.loss(actions, rewards))  # Eqs. 6, 7
-        denoiser_trainer.step(denoising_loss(denoiser, actions, sample_sigma(BATCH)))  # Eq. 2
-        held = denoising_loss(denoiser, own, sample_sigma(BATCH))  # Eq. 4
-        policy_trainer.step(problem.trust_region_weight * held - critic.q(own))  # Eq. 5
+        model_trainer.step(regulariser(actions))  # Eq. 2
+        policy_trainer.step(weight * regulariser(own, z) - critic.q(own))  # Eqs. 4 and 5
     return data, policy
 
 
@@ -298,6 +316,7 @@ def kl(problem: Problem, with_q: bool) -> tuple[Tensor, ImplicitPolicy]:
 
 METHODS: dict[str, Callable[[Problem], tuple[Tensor, nn.Module]]] = {
     "trust region": trust_region,
+    "flow anchor": lambda problem: trust_region(problem, flow=True),
     "KL": lambda problem: kl(problem, with_q=True),
     "KL without Q": lambda problem: kl(problem, with_q=False),
 }
@@ -366,10 +385,11 @@ def sample_all(jobs: list[tuple[int, str, int]]) -> list[tuple[Tensor, Tensor]]:
             raise
 
 
-def comparison(columns: list[int], seed: int, report: Callable) -> plt.Figure:
-    """Figures 3 and 6: the samples of both methods, over the data coloured by reward."""
-    figure, grid = plt.subplots(2, len(columns), figsize=(3 * len(columns) + 1, 6.2), layout="constrained")
-    jobs = [(index, method, seed) for index in columns for method in ("trust region", "KL")]
+def comparison(columns: list[int], methods: list[str], seed: int, report: Callable) -> plt.Figure:
+    """Figures 3 and 6: the samples of each method's policy, over the data coloured by reward."""
+    size = (3 * len(columns) + 1, 3.1 * len(methods))
+    figure, grid = plt.subplots(len(methods), len(columns), figsize=size, layout="constrained")
+    jobs = [(index, method, seed) for index in columns for method in methods]
     for axes, (index, method, _), (data, samples) in zip(grid.T.ravel(), jobs, sample_all(jobs)):
         problem = PROBLEMS[index]
         report(method, problem.title, count(problem, data, samples))
@@ -443,8 +463,10 @@ def main(args: Args) -> list[dict[str, object]]:
         figure = heat_maps(report)
     elif args.figure == 2:
         figure = coverage(args.seed, report)
+    elif args.figure == 3:
+        figure = comparison([0, 4], ["trust region", "KL"], args.seed, report)
     else:
-        figure = comparison([0, 4] if args.figure == 3 else [0, 1, 2, 3, 4], args.seed, report)
+        figure = comparison([0, 1, 2, 3, 4], ["trust region", "flow anchor", "KL"], args.seed, report)
     picture = io.BytesIO()
     figure.savefig(picture, format="png", dpi=110)
     common.write_atomically(name.with_suffix(".png"), picture.getvalue())
