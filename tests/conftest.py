@@ -11,7 +11,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run side by side, and so 
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # the scripts
 
-from helpers import write_d4rl  # noqa: E402
+from helpers import METHODS, write_d4rl  # noqa: E402
 
 from tasks import d4rl  # noqa: E402
 
@@ -30,3 +30,10 @@ def uncompiled(monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
     yield
     torch.compiler.set_stance("default")
+
+
+@pytest.fixture
+def tiny_networks(monkeypatch):
+    """Networks of 32 hidden units, which train faster, in every method that this process imports."""
+    for module in METHODS:
+        monkeypatch.setattr(module, "HIDDEN", 32)

@@ -201,26 +201,26 @@ def test_report_of_runs_made_by_hand_and_without_evaluation(hopper, tmp_path):
 
 
 def test_a_large_report_is_quick(tmp_path):
-    """26 tasks x 8 methods x 5 seeds in less than 20 s."""
+    """26 tasks x 8 methods x 2 seeds in less than 8 s."""
     for task in report.GROUPS["paper"] + report.GROUPS["antmaze-v2"]:
         for method in ("dtql_continuous", "kl_distill", "bc", "iql", "idql", "dql", "srpo", "fql"):
-            for seed in range(5):
+            for seed in range(2):
                 make_run(tmp_path, task, method, seed, scores=(10.0 * seed, 50.0), episodes=100)
     start = time.process_time()
     report.write_report(tmp_path)
-    assert time.process_time() - start < 40
+    assert time.process_time() - start < 16
 
 
 # ---- runs --------------------------------------------------------------------------------------------------------------
 
-SMALL = (*FLAGS, "--batch-size=32", "--eval-every=20", "--epochs=40", "--steps-per-epoch=50", "--no-compile")
+SMALL = (*FLAGS, "--batch-size=32", "--eval-every=20", "--epochs=40", "--steps-per-epoch=100", "--no-compile")
 
 
 def parameters(out: Path) -> dict[str, torch.Tensor]:
     """Every parameter of all runs of a benchmark, by run and name."""
     found = {}
     for file in sorted(out.glob("*/*/*/*/checkpoint.pt")):
-        assert common.open_checkpoint(file)["step"] == 2000, file
+        assert common.open_checkpoint(file)["step"] == 4000, file
         where = "/".join(file.relative_to(out).parts[:3])
         found |= {f"{where} {name}": param for name, param in params_of(file.parent).items()}
     return found
@@ -253,7 +253,7 @@ def undisturbed(tmp_path: Path, seeds: range) -> dict[str, torch.Tensor]:
     """The parameters that runs of bc.py with these seeds have when nothing happens to them."""
     for seed in seeds:
         folder = tmp_path / "alone" / "hopper-medium-v2" / "bc" / str(seed)
-        run_here(bc, "--env-id=hopper-medium-v2", f"--seed={seed}", f"--run-dir={folder}", "--no-cuda", "--no-cudagraphs", *SMALL)
+        run_here(bc, "--env-id=hopper-medium-v2", f"--seed={seed}", f"--run-dir={folder}", "--device=cpu", *SMALL)
     return parameters(tmp_path / "alone")
 
 
@@ -267,7 +267,8 @@ def assert_equal(ours: dict[str, torch.Tensor], expected: dict[str, torch.Tensor
         assert torch.equal(ours[name], value), name
 
 
-def test_a_killed_worker_and_a_lost_node_change_nothing(tmp_path, mark):
+def test_killed_drivers_workers_and_nodes_change_nothing(tmp_path, mark):
+    """On a cluster of two nodes: the driver, then a worker are killed, and a node is lost; the same command goes on."""
     from ray.cluster_utils import Cluster
 
     out = tmp_path / "bench"
@@ -278,40 +279,32 @@ def test_a_killed_worker_and_a_lost_node_change_nothing(tmp_path, mark):
         node = cluster.add_node(num_cpus=1, object_store_memory=80 << 20)
         arguments = ("--tasks", "hopper-medium-v2", "--methods", "bc", "--num-seeds", 2, "--one-run-per-seed", "--out-dir", out,
                      "--address", cluster.address, "--", *SMALL)  # fmt: skip
-        with open(tmp_path / "log", "w") as log:
-            driver = subprocess.Popen(command(*arguments, script="tools.benchmark"), stdout=log, stderr=subprocess.STDOUT)
+
+        def drive() -> subprocess.Popen:
+            with open(tmp_path / "log", "w") as log:
+                return subprocess.Popen(command(*arguments, script="tools.benchmark"), stdout=log, stderr=subprocess.STDOUT)
+
+        driver = drive()
         until(lambda: len(list(out.glob("*/*/*/*/checkpoint.pt"))) == 2, 120)
+        driver.kill()
+        driver.wait()
+        until(lambda: not workers(mark), 60)
+        driver = drive()
+        until(lambda: len(workers(mark)) == 2, 60)
         os.kill(workers(mark)[0], signal.SIGKILL)
         time.sleep(1)
         cluster.remove_node(node)
         assert driver.wait(240) == 0, (tmp_path / "log").read_text()
+        # Once more there is nothing to do, and Ray is not asked for it
+        start = time.perf_counter()
+        assert run_inside(*arguments, script="tools.benchmark").returncode == 0
+        assert time.perf_counter() - start < 5
     finally:
         cluster.shutdown()
     log = (tmp_path / "log").read_text()
     assert log.count(": done") == 2 and "died" not in log and "Traceback" not in log, log
     assert len(list(out.glob("*/*/*/*/config.json"))) == 2  # no run began anew
     assert_equal(parameters(out), undisturbed(tmp_path, range(2)))
-
-
-def test_a_killed_driver_goes_on_with_the_same_command(tmp_path, mark):
-    out = tmp_path / "bench"
-    arguments = ("--tasks", "hopper-medium-v2", "--methods", "bc", "--num-seeds", 1, "--out-dir", out, "--", *SMALL)  # fmt: skip
-    driver = subprocess.Popen(command(*arguments, script="tools.benchmark"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    until(lambda: list(out.glob("*/*/*/*/checkpoint.pt")), 120)
-    driver.kill()
-    driver.wait()
-    again = run_script(*arguments, script="tools.benchmark")
-    assert again.returncode == 0, again.stderr
-    assert_equal(parameters(out), undisturbed(tmp_path, range(1)))
-    # A third time there is nothing to do, and no Ray is started for it
-    start = time.perf_counter()
-    assert run_inside(*arguments, script="tools.benchmark").returncode == 0
-    assert time.perf_counter() - start < 5 and len(list(out.glob("*/*/*/*/checkpoint.pt"))) == 1
-    # Two helpers of the killed driver's Ray report its death for 60 s, to a control store that died with it
-    agents = ("ray::DashboardAgent", "ray::RuntimeEnvAgent")
-    until(lambda: all(line.startswith(agents) for line in processes(mark).values()), 30)
-    for pid in processes(mark):
-        os.kill(pid, signal.SIGKILL)
 
 
 def test_ctrl_c_leaves_checkpoints_and_what_cannot_work_is_a_row(tmp_path, mark):
@@ -369,7 +362,7 @@ def test_commands_for_other_schedulers(tmp_path):
     lines = result.stdout.splitlines()
     assert len(lines) == len(set(lines)) == 4 * 2 * 3 and not out.exists()
     settings = f"--env-id pen-human-v1 --seed 2 --num-seeds 1 --run-dir {out}/pen-human-v1/iql/2"
-    assert f"python iql.py {settings} --compile --no-cuda --no-cudagraphs --epochs 5" in lines
+    assert f"python iql.py {settings} --compile --device=cpu --epochs 5" in lines
 
 
 @pytest.mark.parametrize(

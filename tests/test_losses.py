@@ -77,9 +77,9 @@ def test_edm_scalings_give_unit_variance():
 
 @pytest.fixture
 def narrow(monkeypatch):
-    """Networks of half the width: enough for one action, and faster."""
-    for module in (dtql, bc, kl_distill):
-        monkeypatch.setattr(module, "HIDDEN", 128)
+    """Networks of 64 hidden units: enough for one action, and faster."""
+    for module in (dtql, bc, kl_distill, fql):
+        monkeypatch.setattr(module, "HIDDEN", 64)
 
 
 def cloning_agent(actions: np.ndarray, module=dtql, updates: int = 1200, **settings):
@@ -87,7 +87,7 @@ def cloning_agent(actions: np.ndarray, module=dtql, updates: int = 1200, **setti
     n = len(actions)
     zeros = np.zeros((n, 1), np.float32)
     data = stacked.Transitions(zeros, actions.astype(np.float32), zeros[:, 0], zeros[:, 0], zeros, torch.device("cpu"))
-    args = module.Args(cuda=False, cudagraphs=False, learning_rate=1e-3, batch_size=512, **settings)
+    args = module.Args(learning_rate=1e-3, batch_size=512, **settings)
     agent = (module.DTQL if module is dtql else module.KLDistill if module is kl_distill else module.BC)(
         args, 1, 1, torch.device("cpu"), data
     )

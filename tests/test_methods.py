@@ -2,8 +2,6 @@
 
 import copy
 import re
-import signal
-import time
 from pathlib import Path
 
 import numpy as np
@@ -21,21 +19,20 @@ from helpers import (
     run_here,
     run_inside,
     snapshot,
-    start,
     train,
     updates,
-    wait_for,
 )
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import common
-import dtql_continuous as dtql
 import evaluation
 import run_folder
 import stacked
 import tasks
 import tools
 from common import UserError
+
+pytestmark = pytest.mark.usefixtures("tiny_networks")
 
 AGENTS = pytest.mark.parametrize(
     ("module", "changes"), VARIANTS, ids=[f"{module.__name__}{'-'.join(['', *changes])}" for module, changes in VARIANTS]
@@ -186,23 +183,6 @@ def test_a_killed_run_resumes_bit_identically(hopper, tmp_path, monkeypatch, mod
     (run_dir,) = (tmp_path / "runs").iterdir()
     assert common.open_checkpoint(run_dir / "checkpoint.pt")["step"] < total - 30
     run_here(module, "--resume", run_dir)
-    assert_same_end(whole, run_dir)
-
-
-@pytest.mark.slow
-def test_sigkill(hopper, tmp_path):
-    """A real one, of one script."""
-    flags = ["--env-id=hopper-medium-v2", *FLAGS, "--epochs=8", "--eval-every=2", "--pretrain-epochs=1", "--num-candidates=8"]
-    whole = run_here(dtql, *flags, "--run-dir", tmp_path / "whole")
-    process = start(*flags, "--run-dir", tmp_path / "runs")
-    try:
-        run_dir = wait_for(tmp_path / "runs")
-        time.sleep(0.5)
-        process.send_signal(signal.SIGKILL)
-    finally:
-        process.kill()
-        process.communicate()
-    run_here(dtql, "--resume", run_dir)
     assert_same_end(whole, run_dir)
 
 

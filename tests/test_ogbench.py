@@ -19,7 +19,7 @@ import tasks.make
 from common import UserError
 from tasks import ogbench
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("tiny_networks")]
 
 IDS = (
     "antmaze-large-navigate-singletask-v0",

@@ -12,7 +12,7 @@ import dtql_continuous as dtql
 import stacked
 from tools import import_method
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("tiny_networks")]
 
 
 class Tape(TorchDispatchMode):

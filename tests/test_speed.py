@@ -19,15 +19,13 @@ from tools import speed
 
 pytestmark = pytest.mark.slow
 
-NO_COMPILE = [*(flag for flag in FLAGS if "compile" not in flag), "--pretrain-epochs=1", "--num-candidates=8"]
-
 
 def test_a_compiled_run_resumes_bit_identically(hopper, tmp_path, monkeypatch):
     assert_same_end(*whole_and_resumed(tmp_path, monkeypatch, bc, compile=True, num_seeds=2))
 
 
 def test_without_a_compiler_a_run_goes_on_with_one_note(hopper, tmp_path):
-    flags = ["--env-id", "hopper-medium-v2", *NO_COMPILE]
+    flags = ["--env-id", "hopper-medium-v2", *(flag for flag in FLAGS if "compile" not in flag)]
     path = tmp_path / "bin"  # a PATH with python and nothing else
     path.mkdir()
     (path / "python").symlink_to(sys.executable)
@@ -39,10 +37,11 @@ def test_without_a_compiler_a_run_goes_on_with_one_note(hopper, tmp_path):
         PATH=str(path),
         CXX="no-such-compiler",
         TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "cache"),
+        script="bc.py",
     )
     assert result.returncode == 0, result.stderr
     assert result.stderr.count("note: going on without --compile") == 1, result.stderr
-    eager = run_here(dtql, *flags, "--no-compile", "--run-dir", tmp_path / "b")
+    eager = run_here(bc, *flags, "--no-compile", "--run-dir", tmp_path / "b")
     assert_same_end(next((tmp_path / "a").iterdir()), eager)
 
 
@@ -60,11 +59,11 @@ def test_only_long_runs_are_compiled_unless_asked_for(flags, compiled):
     assert common.parse_args(dtql.Args, dtql.task_defaults, flags).compile == compiled
 
 
-def test_speed_table(tmp_path, monkeypatch, uncompiled):
+def test_speed_table(tmp_path, monkeypatch, uncompiled, tiny_networks):
     """The command of the README, cut short: all variants and methods are there, and the parts belong to their updates."""
     table = tmp_path / "speed.csv"
     methods = ["dtql_continuous", "srpo"]
-    flags = ["--no-cuda", "--models", "1", "--batch-sizes", "32", "--rounds", "1", "--seconds", "0.05", "--csv", table]
+    flags = ["--device", "cpu", "--models", "1", "--batch-sizes", "32", "--rounds", "1", "--seconds", "0.05", "--csv", table]
     monkeypatch.setattr(speed, "ROWS", 5000)
     speed.main(common.cli(speed.Args, [*map(str, flags), "--methods", *methods]))
     with open(table) as file:
