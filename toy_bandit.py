@@ -58,6 +58,7 @@ POLICY_RATE = 1e-3  # of the Gaussian policy: slower than what it follows
 FAKE_STEPS = 2  # to one step of the policy, which it must keep up with
 ON_DATA = 0.5  # a sample nearer than this to a data point lies on the data
 FLOW_STD = 7.0  # of the flow's noise: that of the data
+DRAWS = 64  # of the noise, for each action of Figure 1
 KL_FLOOR = 0.2  # of the weight's denominator: without it the step explodes on the data
 
 
@@ -423,12 +424,12 @@ def heat_maps(report: Callable) -> plt.Figure:
         draw(row[0], data, "tab:green", None, name)
         near = torch.cdist(plane, data).amin(1)
         for axes, level in zip(row[1:], levels):
-            with torch.no_grad():  # the mean over 64 draws of the noise
+            with torch.no_grad():
                 losses = [
                     ((denoiser(plane + level * torch.randn_like(plane), torch.full((len(plane), 1), level)) - plane) / level)
                     .square()
                     .mean(1)
-                    for _ in range(64)
+                    for _ in range(DRAWS)
                 ]
             loss = torch.stack(losses).mean(0)
             report(

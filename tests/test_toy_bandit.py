@@ -56,6 +56,27 @@ def test_kl_gradient_is_the_weighted_difference_of_scores():
     torch.testing.assert_close(actions.grad, expected, rtol=1e-3, atol=1e-5)
 
 
+def test_the_anchor_of_the_flows_own_actions_is_its_loss_on_the_data():
+    """Between two Gaussians the best velocity is known; an action off the data costs more, and the policy's own z is used."""
+    std, n = 0.5, 20_000
+    torch.manual_seed(0)
+
+    def velocity(x, time):  # E[a - noise | x] for a ~ N(3, std^2), noise ~ N(0, FLOW_STD^2)
+        start, end = (1 - time) ** 2 * toy_bandit.FLOW_STD**2, time**2 * std**2
+        posterior = (end / time - start / (1 - time)) / (start + end)
+        return 3 + posterior * (x - 3 * time)
+
+    actions = 3 + std * torch.randn(n, 2)
+    on_data = toy_bandit.anchor_loss(velocity, actions)
+    time = torch.rand(n, 1)
+    start, end = (1 - time) ** 2 * toy_bandit.FLOW_STD**2, time**2 * std**2
+    variance = toy_bandit.FLOW_STD**2 + std**2 - (end / time - start / (1 - time)) ** 2 / (start + end)
+    assert on_data.item() == pytest.approx(variance.mean().item(), rel=0.05)
+    z = torch.randn(n, 2)
+    own = toy_bandit.anchor_loss(velocity, 3 + std * z, z)
+    assert own < on_data < toy_bandit.anchor_loss(velocity, actions + 4)  # the flow takes z there along its own path
+
+
 def test_noise_levels_are_the_truncated_logistic():
     torch.manual_seed(0)
     sigma = toy_bandit.sample_sigma(100_000)
@@ -64,9 +85,9 @@ def test_noise_levels_are_the_truncated_logistic():
     assert (sigma > 2).float().mean().item() == pytest.approx(1 / (1 + 4**2), abs=0.003)
 
 
-@pytest.mark.parametrize(("number", "rows"), [(1, 10), (2, 2), (3, 4)])
+@pytest.mark.parametrize(("number", "rows"), [(1, 10), (2, 2), (3, 4), (6, 15)])
 def test_each_figure_leaves_a_picture_and_a_table(number, rows, tmp_path, monkeypatch, capfd):
-    for name in ("ITERATIONS", "PRETRAINING"):
+    for name in ("ITERATIONS", "PRETRAINING", "DRAWS"):
         monkeypatch.setattr(toy_bandit, name, 3)
     for problem in PROBLEMS:
         monkeypatch.setattr(problem, "kl_iterations", 3)
