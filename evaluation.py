@@ -89,6 +89,11 @@ def end_with_parent() -> None:
     threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()
 
 
+def process_context() -> multiprocessing.context.BaseContext:
+    """How to start a worker process: forked, which saves its imports, or spawned on Windows and macOS."""
+    return multiprocessing.get_context("fork" if hasattr(os, "fork") and sys.platform != "darwin" else "spawn")
+
+
 def num_cores() -> int:
     """Cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -130,7 +135,7 @@ class LockstepEnvs:
         if self.local:
             return
         self.starts = np.linspace(0, len(seeds), num_workers + 1).astype(int)
-        context = multiprocessing.get_context("fork" if hasattr(os, "fork") and sys.platform != "darwin" else "spawn")
+        context = process_context()
         for start, stop in zip(self.starts, self.starts[1:]):
             ours, theirs = context.Pipe()
             self.pipes.append(ours)

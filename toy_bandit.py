@@ -377,7 +377,7 @@ def sample_all(jobs: list[tuple[int, str, int]]) -> list[tuple[Tensor, Tensor]]:
     """`sampled` of all jobs, one on each core: the networks are too small to share cores."""
     torch.set_num_threads(1)
     workers = min(len(jobs), os.cpu_count())
-    with ProcessPoolExecutor(workers, multiprocessing.get_context("fork"), quiet_worker) as pool:
+    with ProcessPoolExecutor(workers, evaluation.process_context(), quiet_worker) as pool:
         try:
             return list(tqdm(pool.map(sampled, jobs), total=len(jobs), unit="training", desc="all"))
         except BaseException:

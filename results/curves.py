@@ -35,7 +35,7 @@ def main() -> None:
         updates = np.array(epochs) * config["args"]["steps_per_epoch"]
         (line,) = axes.plot(updates, mean, marker="o", markersize=3, label=label)
         axes.fill_between(updates, mean - spread, mean + spread, color=line.get_color(), alpha=0.2)
-    axes.set(xlabel="training updates", ylabel="normalised score", title=f"{config['args']['env_id']}, look-alike data")
+    axes.set(xlabel="training updates", ylabel="normalised score", title=config["args"]["env_id"])
     axes.grid(alpha=0.3)
     figure.legend(loc="outside right upper")
     figure.savefig(out, dpi=150)

@@ -646,7 +646,7 @@ evaluation.LockstepEnvs.__init__ = two_workers
 import dtql_continuous as dtql
 step, told = evaluation.LockstepEnvs.step, []
 def spy(self, *args):
-    if self.pipes and not told:
+    if len(self.pipes) == 2 and not told:
         print("evaluating", flush=True)
         told.append(1)
     return step(self, *args)
