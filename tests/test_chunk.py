@@ -62,6 +62,7 @@ def test_the_target_is_the_h_step_one_and_crosses_no_end():
     torch.testing.assert_close(agent.denoiser_loss(batch, sigma, noise)[0], expected)
 
 
+@pytest.mark.slow
 def test_one_action_at_a_time_is_dtql_to_the_bit(hopper, tmp_path):
     one = dtql_chunk.main(make_args(tmp_path, dtql_chunk, chunk=1))
     plain = dtql.main(make_args(tmp_path, dtql))

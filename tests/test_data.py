@@ -209,6 +209,7 @@ def test_sources_are_tried_in_turn(hopper, monkeypatch):
         load_task("hopper-medium-v2")
 
 
+@pytest.mark.slow
 def test_two_processes_download_once(hopper, monkeypatch):
     content = hopper.read_bytes()
     hopper.unlink()

@@ -20,6 +20,8 @@ from torch.utils._pytree import tree_leaves
 import dtql_continuous as dtql
 import stacked
 
+pytestmark = pytest.mark.slow
+
 # The host reads a tensor, or a shape depends on values
 WAITS = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero", "_unique2", "bincount"}
 COPIES = {"_to_copy", "lift_fresh", "copy_"}  # what acting may do once each way

@@ -565,6 +565,7 @@ def test_dqls_sampler_on_gaussian_data():
     assert chain_mean == pytest.approx(mean, abs=2e-3) and math.sqrt(variance) < 1.2 * std
 
 
+@pytest.mark.slow
 def test_idqls_sampler_on_gaussian_data():
     """The density of x_i, clamped to [-1, 1], is carried over a grid from step to step."""
     mean, predict = 0.3, exact_noise(0.3, 0.1)

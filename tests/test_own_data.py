@@ -76,6 +76,7 @@ def test_d4rls_score_and_settings_go_with_its_id(tmp_path):
     assert task.score_name == "D4RL normalised score"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("module", [dtql, iql, fql])
 def test_trains_and_evaluates(tmp_path, module):
     file = save(tmp_path / "log.npz", **columns())
@@ -83,6 +84,7 @@ def test_trains_and_evaluates(tmp_path, module):
     assert len(result["rows"]) == 1 and result["rows"][0]["length_mean"] == 200
 
 
+@pytest.mark.slow
 def test_without_an_environment(tmp_path, capsys):
     """The command line: losses, a checkpoint and a policy in the data's units, and no evaluation; resumed too."""
     file = save(tmp_path / "arm.hdf5", **columns())
@@ -264,6 +266,7 @@ def test_own_data_may_move(tmp_path, monkeypatch):
         run_here(dtql, "--resume", run_dir, "--data", tmp_path / "moved.npz")
 
 
+@pytest.mark.slow
 def test_bounds_without_data_are_refused(hopper, tmp_path):
     result = run_script("--env-id", "hopper-medium-v2", "--action-low", "0", "--run-dir", tmp_path / "runs")
     assert result.returncode == 2 and len(result.stderr.splitlines()) == 1 and "belong to --data" in result.stderr

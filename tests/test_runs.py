@@ -137,6 +137,7 @@ def test_resume_after_an_end_is_a_no_op_and_conflicts_are_named(hopper, tmp_path
         dtql.main(replace(args, resume=run_dir))
 
 
+@pytest.mark.slow
 def test_the_best_checkpoint_is_kept(hopper, tmp_path, monkeypatch):
     scores = iter((3.0, 9.0, 5.0))
     monkeypatch.setattr(run_folder, "evaluate", lambda *_: (*2 * [np.full((1, 2), next(scores))], np.ones((1, 2)), 0.0))
@@ -146,6 +147,7 @@ def test_the_best_checkpoint_is_kept(hopper, tmp_path, monkeypatch):
     dtql.load_policy(str(run_dir / "best.pt"))(np.zeros(11))
 
 
+@pytest.mark.slow
 def test_a_finished_run_grows_and_is_evaluated_again(hopper, tmp_path, capsys, tiny_networks):
     whole = dtql.main(make_args(tmp_path, epochs=4, eval_every=2, eval_episodes=3, lr_decay=False))["run_dir"]
     run_dir = Path(dtql.main(make_args(tmp_path, epochs=2, eval_every=2, lr_decay=False))["run_dir"])
@@ -165,6 +167,7 @@ def test_a_finished_run_grows_and_is_evaluated_again(hopper, tmp_path, capsys, t
     assert_one_line(run_inside("--evaluate-only=5"), "--evaluate-only needs --resume")
 
 
+@pytest.mark.slow
 def test_tracking(hopper, tmp_path, monkeypatch):
     """What Weights & Biases is asked for; the package itself is no dependency."""
     calls = []
@@ -228,6 +231,7 @@ def test_interrupted_and_killed_runs_go_on(hopper, tmp_path):
         assert_same_end(whole, run_dir)
 
 
+@pytest.mark.slow
 def test_a_second_signal_stops_at_once_and_saves_nothing_half_done(hopper, tmp_path, monkeypatch):
     """Two signals within one update: the checkpoint stays that of before, and the run continues from it."""
     whole = dtql.main(make_args(tmp_path, epochs=3))["run_dir"]
@@ -593,6 +597,7 @@ def test_a_disk_that_is_full_at_the_start_leaves_no_folder(hopper, tmp_path):
     assert list((tmp_path / "runs").iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_disk_that_fills_up_in_mid_run(hopper, tmp_path):
     """The last checkpoint stays good, and the run goes on once there is room."""
     whole = run_here(dtql, *SMALL, "--epochs=7", "--run-dir", tmp_path / "whole")
@@ -839,6 +844,7 @@ def test_a_driver_that_pytorch_cannot_use_is_named(monkeypatch):
     assert common.driver_note() == ""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", [1795476957123456789, 2**63 - 3])
 def test_time_stamps_are_seeds(hopper, tmp_path, seed):
     result = dtql.main(make_args(tmp_path, seed=seed, num_seeds=2))
