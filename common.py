@@ -424,7 +424,8 @@ def load_policy(
     checkpoint: str, script: str, make_agent: Callable, cls: type, index: int, device: str, seed: int, **changes: Any
 ) -> Callable[[np.ndarray], np.ndarray]:
     """What every script's `load_policy` does. `changes`: settings that differ from the checkpoint's, unless None."""
-    saved = open_checkpoint(checkpoint, find_device(device))
+    place = find_device(device)
+    saved = open_checkpoint(checkpoint, place)
     check(saved["exp_name"] == Path(script).stem, f"{checkpoint} was written by {saved['exp_name']}.py: load it with that script")
     args = cls(**saved_settings(cls, saved["args"], checkpoint))
     check(-args.num_models <= index < args.num_models, f"{checkpoint} holds {args.num_models} model(s): there is no {index}")
@@ -433,7 +434,7 @@ def load_policy(
     args = dataclasses.replace(args.of_model(index), compile=False, track=False, **changes)
     args.check()
     low, high = (saved[name].cpu().numpy() for name in ("action_low", "action_high"))
-    agent = make_agent(args, saved["obs_dim"], len(low), find_device(device))
+    agent = make_agent(args, saved["obs_dim"], len(low), place)
     params = dict(agent.named_parameters())
     with torch.no_grad():
         for name, value in agent.state_dict(keep_vars=True).items():

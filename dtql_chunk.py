@@ -428,7 +428,7 @@ def main(args: Args) -> dict[str, Any]:
     check(len(task.obs) >= args.chunk, f"{task.origin} has {len(task.obs)} rows, fewer than --chunk {args.chunk}")
     ends = torch.as_tensor(task.ends, dtype=torch.float32, device=device)
     agent = DTQL(args, task.obs.shape[1], task.actions.shape[1], device, data, ends)
-    fastest = functools.lru_cache(1)(
+    fastest = functools.lru_cache(1)(  # of one phase at a time: a graph's memory goes with it
         lambda training: stacked.fastest(
             functools.partial(agent.update, training), agent, args.compile, args.cudagraphs and device.type == "cuda"
         )

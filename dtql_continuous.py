@@ -383,7 +383,7 @@ def main(args: Args) -> dict[str, Any]:
     rewards = task.rewards - 1 if task.sparse_goal else task.rewards  # AntMaze: -1 on the way, 0 at the goal
     data = Transitions(task.obs, task.actions, rewards, task.terminals, task.next_obs, device)
     agent = DTQL(args, task.obs.shape[1], task.actions.shape[1], device, data)
-    fastest = functools.lru_cache(1)(
+    fastest = functools.lru_cache(1)(  # of one phase at a time: a graph's memory goes with it
         lambda training: stacked.fastest(
             functools.partial(agent.update, training), agent, args.compile, args.cudagraphs and device.type == "cuda"
         )

@@ -425,8 +425,8 @@ def main(args: Args) -> dict[str, Any]:
     if args.offline is not None:
         args = replace(args, pretrain_epochs=0, epochs=0)
     agent = DTQL(args, task.obs.shape[1], task.actions.shape[1], device, data)
-    fastest = functools.lru_cache(1)(
-        lambda training, *_: stacked.fastest(
+    fastest = functools.lru_cache(1)(  # of one phase at a time: an offline graph would go on sampling the data alone
+        lambda training, online: stacked.fastest(
             functools.partial(agent.update, training), agent, args.compile, args.cudagraphs and device.type == "cuda"
         )
     )

@@ -101,6 +101,8 @@ def num_cores() -> int:
 
 def _serve(pipe: Any, inherited: list[Any], make_env: Callable[[], gym.Env], seeds: Sequence[int]) -> None:
     """A worker process: a `_Shard` behind a pipe, until the pipe closes."""
+    from common import UserError  # which imports this module
+
     for other in inherited:  # so that the pipes close with the main process, even if it is killed
         other.close()
     end_with_parent()
@@ -114,7 +116,8 @@ def _serve(pipe: Any, inherited: list[Any], make_env: Callable[[], gym.Env], see
     except (EOFError, BrokenPipeError, ConnectionResetError):
         pass
     except Exception as error:
-        pipe.send(error if isinstance(error, EnvironmentFailure) else EnvironmentFailure(f"{type(error).__name__}: {error}"))
+        known = isinstance(error, (EnvironmentFailure, UserError))
+        pipe.send(error if known else EnvironmentFailure(f"{type(error).__name__}: {error}"))
 
 
 class LockstepEnvs:

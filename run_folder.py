@@ -123,9 +123,8 @@ class Run:
         saved = common.open_checkpoint(self.dir / "checkpoint.pt", self.device)
         try:
             stacked.load_state(self.agent, saved["agent"])
-            torch.set_rng_state(saved["random_state"].cpu())
-            if self.device.type != "cpu" and saved.get(f"{self.device.type}_random_state") is not None:
-                stacked.default_generator(self.device).set_state(saved[f"{self.device.type}_random_state"].cpu())
+            if saved.get("device", "cpu") == self.device.type:
+                stacked.default_generator(self.device).set_state(saved["random_state"].cpu())
         except (ValueError, RuntimeError, TypeError) as error:
             raise UserError(f"{place}: its checkpoint does not fit ({line(error)}): it is of another script or version") from None
         for name in ("step", "logged_step", "train_seconds", "sums", "rows"):
@@ -349,8 +348,8 @@ class Run:
             "action_low": torch.as_tensor(self.task.action_low),
             "action_high": torch.as_tensor(self.task.action_high),
             "agent": state,
-            "random_state": torch.get_rng_state(),
-            f"{self.device.type}_random_state": stacked.default_generator(self.device).get_state(),
+            "device": self.device.type,
+            "random_state": stacked.default_generator(self.device).get_state(),
         }
         content = io.BytesIO()
         torch.save(checkpoint, content)

@@ -390,7 +390,7 @@ def main(args: Args) -> dict[str, Any]:
     common.set_up_torch(args, device)
     data = make_data(task, args, device)
     agent = SRPO(args, task.obs.shape[1], task.actions.shape[1], device, data)
-    fastest = functools.lru_cache(1)(
+    fastest = functools.lru_cache(1)(  # of one phase at a time: a graph's memory goes with it
         lambda phase: stacked.fastest(agent.phases[phase][0], agent, args.compile, args.cudagraphs and device.type == "cuda")
     )
 

@@ -6,6 +6,7 @@ import functools
 import re
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import gymnasium as gym
 
@@ -43,7 +44,7 @@ def load_task(args: Args) -> Task:
         check_id(env_id)
         bounds = args.action_low is not None or args.action_high is not None
         check(not bounds, f"--action-low and --action-high belong to --data: {env_id} has its own bounds")
-        kind = d4rl if env_id in d4rl.TASKS else ogbench if is_ogbench(env_id) else mazes if env_id in POINTMAZES else minari
+        kind = _kind(env_id)
         task = ogbench.load(env_id, args.sparse_rewards) if kind is ogbench else kind.load(env_id)
     if args.max_episode_steps is not None and task.make_env is not None:
         task = task._replace(make_env=functools.partial(_limited, task.make_env, args.max_episode_steps))
@@ -53,12 +54,16 @@ def load_task(args: Args) -> Task:
 
 def make_env(args: Args) -> gym.Env | None:
     """The environment of a task; data are read only where they alone tell (Minari, OGBench, --data). Raises UserError."""
-    kind = None if args.data is not None else d4rl if args.env_id in d4rl.TASKS else mazes if args.env_id in POINTMAZES else None
-    if kind is None:
+    kind = own if args.data is not None else _kind(args.env_id)
+    if kind not in (d4rl, mazes):
         make = load_task(args).make_env
         return make and make()
-    env = kind.make_env(args.env_id)
-    return env if args.max_episode_steps is None else gym.wrappers.TimeLimit(env, args.max_episode_steps)
+    make = functools.partial(kind.make_env, args.env_id)
+    return make() if args.max_episode_steps is None else _limited(make, args.max_episode_steps)
+
+
+def _kind(env_id: str) -> ModuleType:
+    return d4rl if env_id in d4rl.TASKS else ogbench if is_ogbench(env_id) else mazes if env_id in POINTMAZES else minari
 
 
 def _limited(make_env: Callable[[], gym.Env], steps: int) -> gym.Env:

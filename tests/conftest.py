@@ -34,6 +34,6 @@ def uncompiled(monkeypatch):
 
 @pytest.fixture
 def tiny_networks(monkeypatch):
-    """Networks of 32 hidden units, which train faster, in every method that this process imports."""
+    """Networks of 64 hidden units, which train faster, in every method that this process imports."""
     for module in METHODS:
-        monkeypatch.setattr(module, "HIDDEN", 32)
+        monkeypatch.setattr(module, "HIDDEN", 64)

@@ -307,7 +307,7 @@ def test_maze_episodes_end_at_their_first_success(monkeypatch, minari_root):
 
 def test_discrete_actions_are_refused(minari_root):
     write_minari("test/cartpole-v0", gym.make("CartPole-v1"))
-    with pytest.raises(UserError, match="bounded vector"):
+    with pytest.raises(UserError, match="^(?!the environment does not work).*bounded vector"):
         load_task("test/cartpole-v0")
 
 

@@ -75,13 +75,6 @@ def test_edm_scalings_give_unit_variance():
         assert target.var().item() == pytest.approx(1, rel=0.02)
 
 
-@pytest.fixture
-def narrow(monkeypatch):
-    """Networks of 64 hidden units: enough for one action, and faster."""
-    for module in (dtql, bc, kl_distill, fql):
-        monkeypatch.setattr(module, "HIDDEN", 64)
-
-
 def cloning_agent(actions: np.ndarray, module=dtql, updates: int = 1200, **settings):
     """An agent whose diffusion policy has cloned actions (N, 1) of a single state, with a decaying learning rate."""
     n = len(actions)
@@ -100,7 +93,7 @@ def cloning_agent(actions: np.ndarray, module=dtql, updates: int = 1200, **setti
 
 
 @pytest.mark.slow
-def test_denoiser_learns_the_posterior_mean_of_gaussian_data(narrow):
+def test_denoiser_learns_the_posterior_mean_of_gaussian_data(tiny_networks):
     """a ~ N(m, s^2), a_t = a + sigma eps: E[a | a_t] = (s^2 a_t + sigma^2 m) / (s^2 + sigma^2)."""
     mean, std = 0.2, 0.15
     agent = cloning_agent(mean + std * np.random.default_rng(0).standard_normal((20_000, 1)))
@@ -113,7 +106,7 @@ def test_denoiser_learns_the_posterior_mean_of_gaussian_data(narrow):
 
 
 @pytest.mark.slow
-def test_trust_region_loss_prefers_the_modes(narrow):
+def test_trust_region_loss_prefers_the_modes(tiny_networks):
     """On a mixture of narrow Gaussians at -0.6 and 0.6, the loss is lower on the modes than between and beyond them."""
     rng = np.random.default_rng(0)
     agent = cloning_agent(
@@ -273,7 +266,7 @@ def test_kls_weight_has_a_floor():
 
 
 @pytest.mark.slow
-def test_distillation_without_q_recovers_both_modes_in_proportion(narrow):
+def test_distillation_without_q_recovers_both_modes_in_proportion(tiny_networks):
     """Data at -0.6 (30 %) and 0.5 (70 %); the learning rate decays, so that the proportion comes to rest."""
     rng = np.random.default_rng(0)
     actions = np.where(rng.random(4000) < 0.3, -0.6, 0.5)[:, None] + 0.03 * rng.standard_normal((4000, 1))
@@ -357,7 +350,7 @@ def test_sampler_reaches_the_mean_and_variance_of_gaussian_data(mean, std):
 
 
 @pytest.mark.slow
-def test_diffusion_policy_clones_two_modes_and_a_deterministic_one_takes_the_mean(narrow):
+def test_diffusion_policy_clones_two_modes_and_a_deterministic_one_takes_the_mean(tiny_networks):
     rng = np.random.default_rng(0)
     actions = np.where(rng.random(4000) < 0.3, -0.6, 0.5)[:, None] + 0.03 * rng.standard_normal((4000, 1))
     taken = {}
