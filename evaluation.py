@@ -1,5 +1,6 @@
-"""Evaluate K models: environments that step in lock-step, in worker processes if there are cores for them."""
+"""Evaluate K models: environments that step in lock-step, in worker processes."""
 
+import atexit
 import contextlib
 import multiprocessing
 import os
@@ -34,9 +35,7 @@ class _Shard:
 
     def __init__(self, make_env: Callable[[], gym.Env], seeds: Sequence[int]):
         self.envs = [make_env() for _ in seeds]
-        # What is drawn once per instance (AntMaze v0's goal) must not depend on when a run was resumed
-        if self.envs:
-            self.reset(range(len(seeds)), seeds)
+        self.reset(range(len(seeds)), seeds)  # what is drawn once per instance: AntMaze v0's goal
 
     def reset(self, indices: Sequence[int], seeds: Sequence[int]) -> tuple[np.ndarray]:
         return (
@@ -100,7 +99,7 @@ def num_cores() -> int:
 
 
 def _serve(pipe: Any, inherited: list[Any], make_env: Callable[[], gym.Env], seeds: Sequence[int]) -> None:
-    """A worker process: a `_Shard` behind a pipe, until the pipe closes."""
+    """A worker process: a `_Shard` behind a pipe, until None arrives or the main process has ended."""
     from common import UserError  # which imports this module
 
     for other in inherited:  # so that the pipes close with the main process, even if it is killed
@@ -109,10 +108,10 @@ def _serve(pipe: Any, inherited: list[Any], make_env: Callable[[], gym.Env], see
     for number in (signal.SIGINT, signal.SIGTERM):  # terminals and schedulers signal every process; the main one decides
         signal.signal(number, signal.SIG_IGN)
     try:
-        shard = _Shard(make_env, seeds)
-        pipe.send(())
-        while True:
-            pipe.send(_call(shard, *pipe.recv()))
+        with contextlib.closing(_Shard(make_env, seeds)) as shard:
+            pipe.send(())
+            for message in iter(pipe.recv, None):
+                pipe.send(_call(shard, *message))
     except (EOFError, BrokenPipeError, ConnectionResetError):
         pass
     except Exception as error:
@@ -121,22 +120,19 @@ def _serve(pipe: Any, inherited: list[Any], make_env: Callable[[], gym.Env], see
 
 
 class LockstepEnvs:
-    """Copies of an environment that step together, in worker processes if there are cores for them.
+    """Copies of an environment that step together, in worker processes, so that none of them can end or stop the run.
 
     Create it before the first CUDA call: workers are forked where the system can.
     """
 
     max_workers: int | None = None  # set if several runs share a machine
 
-    def __init__(self, make_env: Callable[[], gym.Env], seeds: Sequence[int], num_workers: int | None = None):
-        """`seeds`: one per copy. `num_workers`: with 0 all copies live in this process; None chooses by cores."""
+    def __init__(self, make_env: Callable[[], gym.Env] | None, seeds: Sequence[int], num_workers: int | None = None):
+        """`seeds`: one per copy. `num_workers`: by the number of cores if None."""
         if num_workers is None:  # with fewer than 4 copies each, messages cost more than workers save
-            num_workers = min(num_cores() - 1 if self.max_workers is None else self.max_workers, len(seeds) // 4)
-            num_workers = num_workers if num_workers > 1 else 0
+            most = num_cores() - 1 if self.max_workers is None else self.max_workers
+            num_workers = max(min(most, len(seeds) // 4), min(1, len(seeds)))
         self.num_copies, self.pipes, self.processes = len(seeds), [], []
-        self.local = None if num_workers else _Shard(make_env, seeds)
-        if self.local:
-            return
         self.starts = np.linspace(0, len(seeds), num_workers + 1).astype(int)
         context = process_context()
         for start, stop in zip(self.starts, self.starts[1:]):
@@ -149,6 +145,7 @@ class LockstepEnvs:
                 warnings.simplefilter("ignore", DeprecationWarning)
                 self.processes[-1].start()
             theirs.close()
+        atexit.register(self.close)  # multiprocessing would wait for them at the end of an unsuccessful run
         for pipe in self.pipes:
             self._receive(pipe)
 
@@ -165,8 +162,6 @@ class LockstepEnvs:
         return answer
 
     def _call(self, method: str, indices: np.ndarray, argument: np.ndarray) -> tuple[np.ndarray, ...]:
-        if self.local:
-            return _call(self.local, method, indices, argument)
         bounds, busy = np.searchsorted(indices, self.starts), []
         for pipe, offset, start, stop in zip(self.pipes, self.starts, bounds, bounds[1:]):
             if stop > start:
@@ -195,9 +190,10 @@ class LockstepEnvs:
 
     def close(self) -> None:
         """Close the environments and end the worker processes."""
-        if self.local:
-            self.local.close()
+        atexit.unregister(self.close)
         for pipe in self.pipes:
+            with contextlib.suppress(OSError):  # a dead worker
+                pipe.send(None)
             pipe.close()
         for process in self.processes:
             process.join(timeout=5)

@@ -304,7 +304,7 @@ class Countdown(gym.Env):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("workers", [0, 3])
+@pytest.mark.parametrize("workers", [1, 3])
 @pytest.mark.parametrize("copies", [5, 12])
 def test_every_episode_counts_once_however_short(workers, copies):
     seeds = evaluation.episode_seeds([0, 1], epoch=3, num_episodes=6)
@@ -321,7 +321,7 @@ def test_every_episode_counts_once_however_short(workers, copies):
     assert not any(process.is_alive() for process in envs.processes)
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [1, 2])
 def test_a_long_evaluation_says_where_it_is(monkeypatch, capsys, workers):
     monkeypatch.setattr(evaluation, "REPORT_EVERY", 0.1)
     step = Countdown.step
@@ -367,6 +367,13 @@ def test_an_environment_that_fails_later_loses_nothing(hopper, tmp_path, monkeyp
     assert len(dtql.main(make_args(tmp_path, resume=str(run_dir)))["rows"]) == 1
 
 
+@pytest.mark.slow
+def test_an_error_before_the_run_begins_ends_the_workers(hopper, tmp_path):
+    write_d4rl(hopper, rewards=np.zeros(600, np.float32))
+    result = run_script("--env-id=hopper-medium-v2", "--run-dir", tmp_path / "runs", script="iql.py")
+    assert_one_line(result, "the same return")
+
+
 class Broken(gym.Env):
     """Gives NaN at its third step: as a reward or as an observation."""
 
@@ -387,7 +394,7 @@ class Broken(gym.Env):
 
 
 @pytest.mark.parametrize("what", ["obs", "reward"])
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [1, 2])
 def test_an_environment_that_gives_nan(what, workers):
     envs = evaluation.LockstepEnvs(lambda: Broken(what), range(4), workers)
     with pytest.raises(evaluation.EnvironmentFailure, match="NaN|finite"):
@@ -644,10 +651,7 @@ def assert_nothing_left(process: subprocess.Popen) -> None:
 
 WITH_WORKERS = """
 import sys, common, evaluation
-workers = evaluation.LockstepEnvs.__init__
-def two_workers(self, make_env, seeds, num_workers=None):
-    workers(self, make_env, seeds, 2 if num_workers is None else num_workers)
-evaluation.LockstepEnvs.__init__ = two_workers
+evaluation.LockstepEnvs.max_workers = 2
 import dtql_continuous as dtql
 step, told = evaluation.LockstepEnvs.step, []
 def spy(self, *args):
