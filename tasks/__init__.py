@@ -72,7 +72,7 @@ def _limited(make_env: Callable[[], gym.Env], steps: int) -> gym.Env:
 
 def check_id(env_id: str) -> None:
     """Raise UserError for an id that is none of D4RL's, Minari's, OGBench's single tasks' or the mazes'."""
-    if env_id in d4rl.TASKS or is_ogbench(env_id):
+    if env_id in d4rl.TASKS or is_ogbench(env_id) or minari.is_here(env_id):
         return
     if "/" in env_id:
         valid = re.fullmatch(r"(\w[\w.-]*/)+\w[\w.-]*-v\d+", env_id) and ".." not in env_id
@@ -82,7 +82,7 @@ def check_id(env_id: str) -> None:
     check(re.match(others, env_id) is None, f"unknown task {env_id}: OGBench's tasks here are {ids}")
     near = difflib.get_close_matches(env_id, d4rl.TASKS, 3)
     hint = f"did you mean {' or '.join(near)}?" if near else f"D4RL ids look like {next(iter(d4rl.TASKS))}."
-    raise UserError(f"unknown task {env_id}: {hint} Minari ids contain a slash")
+    raise UserError(f"unknown task {env_id}: {hint} A Minari id is D4RL/pen/human-v2, or that of a data set on this machine")
 
 
 def d4rl_id(env_id: str) -> str | None:

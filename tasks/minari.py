@@ -3,18 +3,21 @@
 import contextlib
 import functools
 import os
+import re
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import filelock
 import gymnasium as gym
+import h5py
 import numpy as np
 
 from common import UserError, check, line
 from tasks.download import folder
-from tasks.task import Task, check_env, temporary_files_removed
+from tasks.task import Task, check_env, check_inside, temporary_files_removed
 
 # The environment of a data set may only name code of these packages, or an environment that is registered
 TRUSTED = ("gymnasium.", "gymnasium_robotics.", "minari.")
@@ -22,12 +25,21 @@ TRUSTED = ("gymnasium.", "gymnasium_robotics.", "minari.")
 OPTIONS = {"continuing_task": False, "terminate_on_tasks_completed": True, "remove_task_when_completed": True}
 
 
+def is_here(env_id: str) -> bool:
+    """Whether there is a data set of this id, which needs no namespace, on this machine."""
+    return re.fullmatch(r"\w[\w.-]*-v\d+", env_id) is not None and (_root() / env_id / "data").exists()
+
+
+def _root() -> Path:
+    return folder("MINARI_DATASETS_PATH", ".minari/datasets")
+
+
 def load(env_id: str) -> Task:
     """A Minari data set, downloaded if it is missing. Raises UserError."""
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # Minari's server: the last of its retries says enough
     import minari
 
-    root = folder("MINARI_DATASETS_PATH", ".minari/datasets")
+    root = _root()
     try:
         if not (root / env_id / "data").exists():
             print(f"downloading {env_id} with Minari")
@@ -40,25 +52,20 @@ def load(env_id: str) -> Task:
         reason = f"is neither in {root} nor can it be downloaded ({line(error)[:300]})"
         raise UserError(f"Minari data set {env_id} {reason}: `minari list remote` shows what there is") from None
     space = dataset.action_space
-    check(
-        isinstance(space, gym.spaces.Box), f"{env_id}: actions must be a bounded vector (Box), not {space}; use a continuous task"
-    )
+    fits = isinstance(space, gym.spaces.Box) and len(space.shape) == 1
+    check(fits, f"{env_id}: actions must be a bounded vector (Box), not {space}; use a continuous task")
     spec = dataset._eval_env_spec or dataset.env_spec
-    check(spec is not None, f"{env_id} names no environment: export its transitions and train with --data")
-    for entry in (spec, *(spec.additional_wrappers or ())):
-        _check_trusted(env_id, entry)
-    try:
-        with temporary_files_removed():
-            env = gym.make(spec)
-        options = {name: value for name, value in OPTIONS.items() if hasattr(env.unwrapped, name)}
-        sparse_goal = "continuing_task" in options and env.unwrapped.reward_type == "sparse"
-        observation_space = env.observation_space  # its order of keys is that of the observations that the policy sees
-        env.close()
-    except Exception as error:
-        raise UserError(f"{env_id}: its environment cannot be made ({line(error)[:300]}): install what it needs") from None
+    if spec is None:
+        print(f"note: {env_id} names no environment: training without evaluation", file=sys.stderr)
+        options, sparse_goal, observation_space = {}, False, dataset.observation_space
+    else:
+        options, sparse_goal, observation_space = _inspect(env_id, spec)
 
     parts: dict[str, list[np.ndarray]] = {"obs": [], "actions": [], "rewards": [], "terminals": [], "next_obs": []}
     try:
+        if (file := root / env_id / "data" / "main_data.hdf5").exists():
+            with h5py.File(file) as source:
+                check_inside(source, str(file))
         for episode in dataset.iterate_episodes():
             obs, terminals = flatten(observation_space, episode.observations), np.array(episode.terminations, np.float32)
             length = min(len(episode.rewards), len(obs) - 1)  # a last step without a next observation is dropped
@@ -69,6 +76,8 @@ def load(env_id: str) -> Task:
             columns = (obs, episode.actions, episode.rewards, terminals, obs[1:])
             for part, column in zip(parts.values(), columns):
                 part.append(column[:length])
+    except UserError:
+        raise
     except Exception as error:  # h5py and Minari raise many kinds on wrong bytes
         raise UserError(f"{env_id} in {root} cannot be read ({line(error)[:200]}): download it again") from None
     check(bool(parts["obs"]), f"{env_id} holds no transitions: use a complete data set")
@@ -80,12 +89,26 @@ def load(env_id: str) -> Task:
     arrays = {name: np.concatenate(part) for name, part in parts.items()}
     return Task(
         **{name: array if name == "actions" else array.astype(np.float32) for name, array in arrays.items()},
-        make_env=functools.partial(_make_env, env_id, spec, options),
+        make_env=functools.partial(_make_env, env_id, spec, options) if spec else None,
         score=(lambda returns: 100 * (returns - low) / (high - low)) if known else (lambda returns: returns),
         score_name="Minari normalised score" if known else "return",
         sparse_goal=sparse_goal,
         origin=f"Minari {env_id}",
+        action_low=space.low,
+        action_high=space.high,
     )
+
+
+def _inspect(env_id: str, spec: gym.envs.registration.EnvSpec) -> tuple[dict[str, bool], bool, gym.Space]:
+    """The options that its environment has, whether it is a sparse maze, and its observations, with the order of their keys."""
+    for entry in (spec, *(spec.additional_wrappers or ())):
+        _check_trusted(env_id, entry)
+    try:
+        with temporary_files_removed(), contextlib.closing(gym.make(spec)) as env:
+            options = {name: value for name, value in OPTIONS.items() if hasattr(env.unwrapped, name)}
+            return options, "continuing_task" in options and env.unwrapped.reward_type == "sparse", env.observation_space
+    except Exception as error:
+        raise UserError(f"{env_id}: its environment cannot be made ({line(error)[:300]}): install what it needs") from None
 
 
 def _make_env(name: str, spec: gym.envs.registration.EnvSpec, options: dict[str, Any]) -> gym.Env:

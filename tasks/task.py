@@ -61,6 +61,8 @@ def read_columns(file: Path, columns: dict[str, int], own: bool = False) -> dict
     place = f"--data {file}" if own else str(file)
     try:
         with np.load(file) if zipfile.is_zipfile(file) else h5py.File(file) as source:
+            if isinstance(source, h5py.File):
+                check_inside(source, place)
             names, arrays = set(source), {}
             for name in columns:
                 found = [alias for alias in (name, *(ALIASES.get(name, ()) if own else ())) if alias in names]
@@ -102,11 +104,20 @@ def read_columns(file: Path, columns: dict[str, int], own: bool = False) -> dict
 
 
 def _read_column(source: Any, name: str, place: str) -> np.ndarray:
-    if isinstance(source, h5py.File):  # what lies in another file is not the data that was given
-        column = source[name] if isinstance(source.get(name, getlink=True), h5py.HardLink) else None
-        inside = isinstance(column, h5py.Dataset) and not column.external and not column.is_virtual
-        check(inside, f"{place}: {name} is a group or is stored in another file: copy its numbers into a column of this file")
+    if isinstance(source, h5py.File):
+        check(isinstance(source.get(name), h5py.Dataset), f"{place}: {name} is a group: give a column of numbers")
     return np.asarray(source[name][()])
+
+
+def check_inside(group: h5py.Group, place: str) -> None:
+    """Raise UserError for an HDF5 file in which anything is stored in another file: that is not the data that was given."""
+    for name in group:
+        item = group[name] if isinstance(group.get(name, getlink=True), h5py.HardLink) else None
+        if isinstance(item, h5py.Group):
+            check_inside(item, place)
+        else:
+            inside = isinstance(item, h5py.Dataset) and not item.external and not item.is_virtual
+            check(inside, f"{place}: {name} is stored in another file: copy its numbers into this one")
 
 
 def check_and_scale(task: Task) -> Task:
@@ -154,7 +165,7 @@ def _try_env(make_env: Callable[[], gym.Env]) -> tuple[int, tuple[np.ndarray, np
     """
     try:
         with evaluation.reported(lambda: "waiting for the environment's first reset and step"):
-            with contextlib.closing(evaluation.LockstepEnvs(make_env, [0], num_workers=1)) as envs:
+            with contextlib.closing(evaluation.LockstepEnvs(make_env, [0])) as envs:
                 low, high, obs_dim, limit = envs.describe()
                 envs.step(np.zeros(1, int), evaluation.to_env_units(np.zeros((1, len(low))), low, high))
     except UserError:

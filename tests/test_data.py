@@ -17,8 +17,9 @@ import h5py
 import minari
 import numpy as np
 import pytest
-from helpers import ROOT, load_task, write_d4rl, write_minari
+from helpers import FLAGS, ROOT, load_task, run_here, write_d4rl, write_minari
 
+import bc
 import common
 import tasks
 from common import UserError
@@ -317,6 +318,17 @@ def test_a_data_set_without_reference_scores_reports_returns(minari_root):
     assert task.score_name == "return" and task.score(np.array([3.0])) == 3.0
 
 
+def test_a_data_set_needs_neither_a_namespace_nor_an_environment(minari_root, tmp_path, capsys):
+    file = write_minari("mypendulum-v0", gym.make("Pendulum-v1")) / "data" / "metadata.json"
+    assert load_task("mypendulum-v0").make_env is not None
+    file.write_text(json.dumps({key: value for key, value in json.loads(file.read_text()).items() if "env_spec" not in key}))
+    run_dir = run_here(bc, "--env-id=mypendulum-v0", f"--run-dir={tmp_path}/runs", *FLAGS)
+    assert "names no environment" in capsys.readouterr().err
+    assert bc.load_policy(f"{run_dir}/checkpoint.pt").high == [2]
+    with pytest.raises(UserError, match="unknown task yourpendulum-v0"):
+        load_task("yourpendulum-v0")
+
+
 @pytest.mark.parametrize(("low", "high"), [(1.0, 1.0), (2.0, 1.0), (float("nan"), 1.0)])
 def test_reference_scores_without_a_scale(minari_root, low, high):
     file = write_minari("test/small-v0", gym.make("Pendulum-v1"), **SCORES) / "data" / "metadata.json"
@@ -449,6 +461,18 @@ def test_files_that_point_elsewhere_and_good_ones_that_cannot_be_read(hopper, tm
     with h5py.File(hopper, "a"), pytest.raises(UserError, match="cannot read") as error:  # locked by its writer
         subprocess_load(hopper)
     assert "delete" not in str(error.value)
+
+
+def test_minari_files_that_point_elsewhere(minari_root, tmp_path):
+    file = write_minari("test/small-v0", gym.make("Pendulum-v1"), episodes=2) / "data" / "main_data.hdf5"
+    with h5py.File(file, "a") as source:
+        rewards = source["episode_1/rewards"][:]
+        del source["episode_1/rewards"]
+        source["episode_1/rewards"] = h5py.ExternalLink(tmp_path / "other.hdf5", "rewards")
+    with h5py.File(tmp_path / "other.hdf5", "w") as other:
+        other["rewards"] = rewards
+    with pytest.raises(UserError, match="another file"):
+        load_task("test/small-v0")
 
 
 def subprocess_load(file: Path) -> None:
