@@ -99,6 +99,8 @@ def test_bad_input(run_dir, monkeypatch):
         export.main(export.Args(folder, index=3))
     with pytest.raises(UserError, match="--num-candidates needs --mode best"):
         export.main(export.Args(folder, num_candidates=4))
+    with pytest.raises(UserError, match="--mode is for"):
+        export.main(export.Args(folder, format="policy", mode="best"))
     result = run_inside("/nowhere", script="tools.export")
     assert result.returncode == 2 and "is not a run" in result.stderr
     monkeypatch.setitem(__import__("sys").modules, "onnxruntime", None)

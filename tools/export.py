@@ -75,13 +75,14 @@ class Policy(nn.Module):
 
 def main(args: Args) -> float:
     """Write the file and return its largest error on ROWS observations, as a share of the actions' range. Raises UserError."""
+    check(1 <= args.num_candidates <= 1e6, f"--num-candidates must be at least 1, not {args.num_candidates}")
+    check(args.mode == "best" or args.num_candidates == 1, "--num-candidates needs --mode best")
     config = common.read_config(args.run_dir)
     module, checkpoint = import_method(config["exp_name"]), Path(args.run_dir) / args.checkpoint
     act = module.load_policy(str(checkpoint), args.index)
+    check(args.format != "policy" or args.mode == "mean", "--mode is for --format onnx and torch: leave it out")
     if args.format == "policy":
         return write_policy(act, config, Path(args.out or Path(args.run_dir) / "policy"))
-    check(1 <= args.num_candidates <= 1e6, f"--num-candidates must be at least 1, not {args.num_candidates}")
-    check(args.mode == "best" or args.num_candidates == 1, "--num-candidates needs --mode best")
     chooses = act.agent.act.critic is not None
     policy = Policy(act.agent, act.low, act.high, args.num_candidates if chooses else 1).eval().requires_grad_(False)
     out = Path(args.out or Path(args.run_dir) / f"policy.{'onnx' if args.format == 'onnx' else 'pt2'}")
@@ -144,6 +145,7 @@ def export(policy: Policy, inputs: tuple[Tensor, ...], out: Path, format: str, a
     shapes = tuple({0: batch} for _ in inputs)
     temporary = out.with_name(f"{out.name}.tmp")
     try:
+        temporary.unlink(missing_ok=True)  # it may be a link to another file
         if format == "torch":
             program = torch.export.export(policy, inputs, dynamic_shapes=shapes)
             torch.export.save(program, temporary, extra_files={"about.json": json.dumps(about)})
