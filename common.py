@@ -281,12 +281,11 @@ def find_device(name: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     check(re.fullmatch(r"cpu|mps|cuda(:\d{1,2})?", name), f"--device {name}: there are auto, cpu, cuda, cuda:1, ... and mps")
     device = torch.device(name)
-    usable = {
-        "cpu": lambda: True,
-        "mps": torch.backends.mps.is_available,
-        "cuda": lambda: torch.cuda.is_available() and (device.index or 0) < torch.cuda.device_count(),
-    }
-    check(usable[device.type](), f"--device {name}: PyTorch finds no such GPU here{driver_note()}; use --device cpu")
+    if device.type == "cuda":
+        there = torch.cuda.is_available() and (device.index or 0) < torch.cuda.device_count()
+    else:
+        there = device.type == "cpu" or torch.backends.mps.is_available()
+    check(there, f"--device {name}: PyTorch finds no such GPU here{driver_note()}; use --device cpu")
     return device
 
 
@@ -447,11 +446,8 @@ def load_policy(
 
     def act(obs: np.ndarray) -> np.ndarray:
         obs = np.asarray(obs, np.float32)
-        shape = f"({saved['obs_dim']},)"
-        check(
-            obs.ndim in (1, 2) and obs.shape[-1] == saved["obs_dim"],
-            f"observations have shape {obs.shape}, not {shape} or (B, *{shape})",
-        )
+        fits = obs.ndim in (1, 2) and obs.shape[-1] == saved["obs_dim"]
+        check(fits, f"observations have shape {obs.shape}, not ({saved['obs_dim']},) or (B, {saved['obs_dim']})")
         check(bool(np.isfinite(obs).all()), "observations must be finite, but some are NaN or infinite")
         if plan and plan[0].shape[:-1] == obs.shape[:-1]:
             return plan.pop(0)

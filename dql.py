@@ -233,8 +233,9 @@ class DQL(nn.Module):
         self.register_buffer("train_step", torch.zeros((), device=device))
 
         self.eta = args.per_model("eta", device)
-        self.step_critic = stacked.make_step(self.critic_loss, self.critic_optimizer, args.compile, args.max_norm)
-        self.step_denoiser = stacked.make_step(self.denoiser_loss, self.denoiser_optimizer, args.compile, args.max_norm)
+        clip = functools.partial(clip_per_model, max_norm=args.max_norm)
+        self.step_critic = stacked.make_step(self.critic_loss, self.critic_optimizer, args.compile, clip)
+        self.step_denoiser = stacked.make_step(self.denoiser_loss, self.denoiser_optimizer, args.compile, clip)
         judge = self.target_critic if args.num_candidates > 1 else None
         self.act = BestOf(self.sample, STEPS * action_dim, judge, args.num_candidates, compile=args.compile)
 
@@ -284,6 +285,13 @@ class DQL(nn.Module):
     def sample(self, obs: Tensor, z: Tensor) -> Tensor:
         """Candidates (K, n, N, A) of the diffusion policy in states (K, n, S), from noise z (K, n, N, 5 A)."""
         return self.chain(self.denoiser, repeat_states(obs, z.shape[2]), z.flatten(1, 2)).view(*z.shape[:3], -1)
+
+
+def clip_per_model(gradients: list[Tensor], max_norm: float) -> list[Tensor]:
+    """Gradients (K, ...) scaled so that no model's norm over all of them exceeds `max_norm`, as torch's clip_grad_norm_."""
+    squares = [gradient.reshape(len(gradient), -1).square().sum(1) for gradient in gradients]
+    scale = (max_norm / (torch.stack(squares).sum(0).sqrt() + 1e-6)).clamp(max=1)
+    return [gradient * scale.view(-1, *[1] * (gradient.ndim - 1)) for gradient in gradients]
 
 
 def load_policy(checkpoint: str, index: int = 0, device: str = "cpu", seed: int = 0) -> Callable[[np.ndarray], np.ndarray]:

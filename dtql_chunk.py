@@ -314,7 +314,7 @@ class DTQL(nn.Module):
         h = self.args.chunk
         first = torch.randint(len(self.data.rows) - h + 1, shape, device=self.device)
         index = first[..., None] + torch.arange(h, device=self.device)
-        rows, ends = self.data.batch(index), self.ends[index]
+        rows, ends = self.data.columns(self.data.rows[index]), self.ends[index]
         valid = torch.cat((torch.ones_like(ends[..., :1]), 1 - ends[..., :-1]), -1).cumprod(-1)
         rewards = (rows.rewards * self.args.gamma ** torch.arange(h, device=self.device)).sum(-1)
         terminals, next_obs = rows.terminals.amax(-1), rows.next_obs[..., -1, :]

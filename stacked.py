@@ -101,10 +101,6 @@ class Transitions:
         self.rows = torch.cat(columns, 1).to(device)
         self.widths = [column.shape[1] for column in columns]
 
-    def batch(self, indices: Tensor) -> Batch:
-        """The transitions at `indices`, of any shape."""
-        return self.columns(self.rows[indices])
-
     def columns(self, rows: Tensor) -> Batch:
         """Rows (..., W) of the matrix as a minibatch."""
         obs, actions, rewards, terminals, next_obs = rows.split(self.widths, -1)
@@ -112,7 +108,7 @@ class Transitions:
 
     def sample(self, *shape: int) -> Batch:
         """Uniformly sampled transitions: `sample(K, B)` gives each model its own minibatch."""
-        return self.batch(torch.randint(len(self.rows), shape, device=self.rows.device))
+        return self.columns(self.rows[torch.randint(len(self.rows), shape, device=self.rows.device)])
 
 
 # ---- one update ----------------------------------------------------------------------------------------------------------
@@ -122,11 +118,11 @@ def make_step(
     loss: Callable[..., tuple[Tensor, Metrics]],
     optimizer: torch.optim.Optimizer,
     compile: bool = False,
-    max_norm: float | None = None,
+    clip: Callable[[list[Tensor]], list[Tensor]] = list,
 ) -> Callable[..., Metrics]:
     """A function `step(*inputs)` that takes one optimizer step on `loss(*inputs)` and returns the loss's metrics, detached.
 
-    `max_norm`: clip the norm of each model's gradient. Loss and gradient are compiled as one function, which is faster than
+    `clip` changes the gradients (K, ...) before the step. Loss and gradient are compiled as one function, which is faster than
     compiling the loss alone.
     """
     _make_capturable(optimizer)
@@ -135,9 +131,7 @@ def make_step(
     def gradient(*inputs: Any) -> tuple[list[Tensor], Metrics]:
         losses, metrics = loss(*inputs)
         # Fused Adam reads a gradient as if its strides were those of its parameter
-        gradients = [gradient.contiguous() for gradient in torch.autograd.grad(losses.sum(), params)]
-        if max_norm is not None:
-            gradients = clip_per_model(gradients, max_norm)
+        gradients = clip([gradient.contiguous() for gradient in torch.autograd.grad(losses.sum(), params)])
         return gradients, {name: value.detach() for name, value in metrics.items()}
 
     if compile:
@@ -169,13 +163,6 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, factor: Tensor) -> None:
     """Set the learning rate to its initial value times `factor`."""
     for group in optimizer.param_groups:
         group["lr"].copy_(factor * group["initial_lr"])
-
-
-def clip_per_model(gradients: Sequence[Tensor], max_norm: float) -> list[Tensor]:
-    """Gradients (K, ...) scaled so that no model's norm over all of them exceeds `max_norm`, as torch's clip_grad_norm_."""
-    squares = [gradient.reshape(len(gradient), -1).square().sum(1) for gradient in gradients]
-    scale = (max_norm / (torch.stack(squares).sum(0).sqrt() + 1e-6)).clamp(max=1)
-    return [gradient * scale.view(-1, *[1] * (gradient.ndim - 1)) for gradient in gradients]
 
 
 @torch.no_grad()

@@ -26,7 +26,7 @@ from stacked import Batch
 
 def one_batch(agent, rows: int = 64) -> tuple[Batch, Batch]:
     """The first rows as a minibatch of a single stacked model, and as a plain one."""
-    batch = agent.data.batch(torch.arange(rows)[None])
+    batch = agent.data.columns(agent.data.rows[torch.arange(rows)[None]])
     return batch, Batch(*(column[0] for column in batch))
 
 
@@ -429,7 +429,7 @@ def test_iqls_order_is_value_policy_critic_targets_on_one_minibatch():
     optimizers = [torch.optim.Adam(each, 3e-4) for each in params]
     for step in range(3):
         torch.manual_seed(step)
-        batch = agent.data.batch(torch.randint(512, (1, 16))[0])
+        batch = agent.data.columns(agent.data.rows[torch.randint(512, (1, 16))[0]])
         torch.manual_seed(step)
         agent.update()
         optimizers[1].param_groups[0]["lr"] = 3e-4 * (1 + math.cos(math.pi * step / 4)) / 2
@@ -628,7 +628,7 @@ def test_idqls_average_and_weight_decay():
     optimizer = torch.optim.AdamW(model.parameters(), 3e-4, weight_decay=0.3)
     for update in range(3):
         torch.manual_seed(update)
-        batch = agent.data.batch(torch.randint(512, (1, 16))[0])
+        batch = agent.data.columns(agent.data.rows[torch.randint(512, (1, 16))[0]])
         step, noise = torch.randint(5, (1, 16, 1))[0], torch.randn(1, 16, 2)[0]
         torch.manual_seed(update)
         agent.update()
@@ -820,7 +820,7 @@ def test_fans_z_is_the_expectile_of_a_two_point_distribution(monkeypatch):
     )
     z = torch.full((1, 2, 4000), 0.9, requires_grad=True)
     monkeypatch.setattr(agent.upper, "forward", lambda *_: z)
-    batch = agent.data.batch(torch.zeros(1, 4000, dtype=torch.long))
+    batch = agent.data.columns(agent.data.rows[torch.zeros(1, 4000, dtype=torch.long)])
     noise = torch.cat((torch.ones(1, 2000, 2), -torch.ones(1, 2000, 2)), 1)
     agent.upper_loss(batch, noise)[0].sum().backward()
     assert abs(float(z.grad.sum())) < 1e-6 and float(z.grad.abs().sum()) > 0.01
@@ -902,7 +902,7 @@ def test_srpos_q_is_iqls_with_v_from_before_the_step():
     optimizers = torch.optim.Adam(v.parameters(), 3e-4), torch.optim.Adam([x for q in qs for x in q.parameters()], 3e-4)
     for update in range(3):
         torch.manual_seed(update)
-        batch = agent.data.batch(torch.randint(512, (1, 16))[0])
+        batch = agent.data.columns(agent.data.rows[torch.randint(512, (1, 16))[0]])
         torch.manual_seed(update)
         agent.update_critic()
         with torch.no_grad():

@@ -9,6 +9,7 @@ from helpers import make_agent, plain, snapshot
 from torch import nn
 
 import best_of
+import dql
 import dtql_continuous as dtql
 import idql
 import stacked
@@ -46,7 +47,9 @@ def test_clipped_steps_are_those_of_plain_modules():
         return losses, {"loss": losses}
 
     plains = [plain(net, k) for k in range(2)]
-    step = stacked.make_step(loss, torch.optim.Adam(net.parameters(), 0.1, fused=True), max_norm=0.5)
+    step = stacked.make_step(
+        loss, torch.optim.Adam(net.parameters(), 0.1, fused=True), clip=lambda gradients: dql.clip_per_model(gradients, 0.5)
+    )
     optimizers = [torch.optim.Adam(module.parameters(), 0.1) for module in plains]
     for _ in range(5):
         x = torch.randn(2, 8, 3)
@@ -67,7 +70,7 @@ def test_clipping_is_per_model():
     torch.manual_seed(0)
     scales = torch.tensor([0.01, 1.0, 100.0])
     gradients = [torch.randn(3, *shape) * scales.view(3, *[1] * len(shape)) for shape in ((2, 4, 5), (7,), ())]
-    clipped = stacked.clip_per_model(gradients, max_norm=1.5)
+    clipped = dql.clip_per_model(gradients, max_norm=1.5)
     for k in range(3):
         params = [torch.zeros_like(gradient[k], requires_grad=True) for gradient in gradients]
         for param, gradient in zip(params, gradients):
