@@ -200,17 +200,6 @@ def test_report_of_runs_made_by_hand_and_without_evaluation(hopper, tmp_path):
     assert rows["walker2d-medium-v2"]["bc, last"] == "missing"
 
 
-def test_a_large_report_is_quick(tmp_path):
-    """26 tasks x 8 methods x 2 seeds in less than 8 s."""
-    for task in report.GROUPS["paper"] + report.GROUPS["antmaze-v2"]:
-        for method in ("dtql_continuous", "kl_distill", "bc", "iql", "idql", "dql", "srpo", "fql"):
-            for seed in range(2):
-                make_run(tmp_path, task, method, seed, scores=(10.0 * seed, 50.0), episodes=100)
-    start = time.process_time()
-    report.write_report(tmp_path)
-    assert time.process_time() - start < 16
-
-
 # ---- runs --------------------------------------------------------------------------------------------------------------
 
 SMALL = (*FLAGS, "--batch-size=32", "--eval-every=20", "--epochs=40", "--steps-per-epoch=100", "--no-compile")

@@ -1,6 +1,5 @@
 """OGBench's ids: small files in its format, training and evaluation without a network, what is refused."""
 
-import csv
 import json
 from types import SimpleNamespace
 
@@ -8,7 +7,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from helpers import FLAGS, load_task, make_args, run_script
+from helpers import load_task, make_args
 from ogbench.relabel_utils import relabel_dataset
 
 import common
@@ -183,27 +182,6 @@ def test_bad_files(folder, tmp_path):
         load_task(env_id)
     with pytest.raises(UserError, match="OGBench has no cube-none-singletask-v0"):
         load_task("cube-none-play-singletask-v0")
-
-
-def test_command_line(folder, tmp_path):
-    write(folder, IDS[0])
-    result = run_script(
-        "--env-id",
-        IDS[0],
-        *FLAGS,
-        "--pretrain-epochs=0",
-        "--num-candidates=8",
-        "--run-dir",
-        tmp_path / "runs",
-        "--epochs",
-        "0",
-        "--eval-episodes",
-        "1",
-    )
-    assert result.returncode == 0, result.stderr
-    (run_dir,) = (tmp_path / "runs").iterdir()
-    with open(run_dir / "eval.csv") as table:
-        assert len(list(csv.DictReader(table))) == 1
 
 
 def test_settings():
