@@ -188,6 +188,21 @@ def test_misprints_are_footnotes_of_whole_groups(tmp_path):
                 assert f"{np.mean(scores):.1f}" == report.MISPRINTS[name, method].split()[-1]
 
 
+def test_runs_with_different_settings_are_no_runs_of_one_method(tmp_path):
+    """Nor are those of different lengths. What was in no run's settings when it was made says nothing."""
+    for seed, changes in enumerate(({"alpha": 1.0}, {"alpha": 5.0}, {"alpha": 5.0, "device": "cpu"}, {})):
+        file = make_run(tmp_path, method="dtql_continuous", seed=seed, scores=(10.0 * seed,)) / "config.json"
+        config = json.loads(file.read_text())
+        file.write_text(json.dumps(config | {"args": config["args"] | changes}))
+    make_run(tmp_path, method="bc")
+    make_run(tmp_path, method="bc", seed=1, scores=(1.0, 2.0))
+    found = report.by_cell(report.read_runs(tmp_path))
+    assert {method: [run.seed for run in runs] for (_, method), runs in found.items()} == {
+        "bc epochs=20": [1], "bc epochs=30": [0], "dtql_continuous": [3], "dtql_continuous alpha=1": [0],
+        "dtql_continuous alpha=5": [1, 2],
+    }  # fmt: skip
+
+
 def test_report_of_runs_made_by_hand_and_without_evaluation(hopper, tmp_path):
     run_dir = bc.main(make_args(tmp_path, bc))["run_dir"]
     stopped = make_run(tmp_path / "runs", "walker2d-medium-v2")

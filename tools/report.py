@@ -6,11 +6,12 @@ episodes follows Jackson et al., "A Clean Slate for Offline Reinforcement Learni
 """
 
 import collections
+import contextlib
 import csv
 import functools
 import itertools
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -207,22 +208,49 @@ def flags_of(place: Path, folder: Path) -> str:
         raise common.UserError(f"{file} is damaged ({common.line(error)}): take it out of {folder}") from None
 
 
+# Settings in which the runs of one method may differ
+FREE = ("seed", "num_seeds", "run_dir", "resume", "data", "offline", "device", "compile", "cudagraphs", "torch_deterministic",
+        "matmul_precision", "track", "evaluate_only", "eval_every", "eval_episodes")  # fmt: skip
+
+
+@contextlib.contextmanager
+def whole_run(run_dir: Path, folder: Path) -> Iterator[None]:
+    """Errors within are those of a run in `folder` that cannot be read."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise common.UserError(
+            f"{run_dir} is no whole run ({common.line(error)}): take it out of {folder}, or run it again"
+        ) from None
+
+
 def read_runs(folder: Path) -> list[Run]:
     """All runs below a folder, however they were made; of several of one task, method and seed the longest.
 
-    Where it holds several benchmarks, their flags are part of their methods' names.
+    Where it holds several benchmarks, their flags are part of their methods' names; so are settings in which other runs differ.
     """
     found: dict[tuple[str, str, int], Run] = {}
+    configs, values = {}, collections.defaultdict(set)
     for config_file in sorted(folder.rglob("config.json")):
-        try:
+        with whole_run(config_file.parent, folder):
             config = json.loads(config_file.read_text())
-            args, run_dir = config["args"], config_file.parent
+            args, flags = config["args"], flags_of(config_file.parent, folder)
             if not args["env_id"]:
                 continue  # trained on somebody's own data, without an environment
+            configs[config_file.parent] = config, args, flags
+            for name, value in args.items():
+                values[args["env_id"], config["exp_name"], flags, name].add(json.dumps(value))
+    for run_dir, (config, args, flags) in configs.items():
+        key = args["env_id"], config["exp_name"], flags
+        differ = {name: value for name, value in args.items() if len(values[*key, name]) > 1 and name not in FREE}
+        # Of a setting with several values, each is in the rows
+        named = [f"{name}={value:g}" if isinstance(value, float) else f"{name}={value}" for name, value in differ.items()
+                 if not isinstance(value, list)]  # fmt: skip
+        with whole_run(run_dir, folder):
             rows = read_table(run_dir / "eval.csv") if (run_dir / "eval.csv").exists() else []
             episodes = read_table(run_dir / "episodes.csv") if rows and (run_dir / "episodes.csv").exists() else []
             last = rows[-1]["epoch"] if rows else None
-            ended, flags = read_status(run_dir.parent), flags_of(run_dir, folder)
+            ended = read_status(run_dir.parent)
             seeds = range(args["seed"], args["seed"] + args["num_seeds"])
             settings = dict.fromkeys(row.get("setting", "") for row in rows) or [""]  # where several were trained at once
             for setting, seed in itertools.product(settings, seeds):
@@ -230,7 +258,7 @@ def read_runs(folder: Path) -> list[Run]:
                 own = [row for row in rows if of_this(row)]
                 run = Run(
                     args["env_id"],
-                    " ".join(filter(None, (config["exp_name"], flags, setting))),
+                    " ".join(filter(None, (config["exp_name"], flags, setting, *named))),
                     seed,
                     [float(row["epoch"]) for row in own],
                     [float(row["score_mean"]) for row in own],
@@ -251,10 +279,6 @@ def read_runs(folder: Path) -> list[Run]:
                 key = run.task, run.method, seed
                 if key not in found or len(run.epochs) >= len(found[key].epochs):
                     found[key] = run
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise common.UserError(
-                f"{config_file.parent} is no whole run ({common.line(error)}): take it out of {folder}, or run it again"
-            ) from None
     return list(found.values())
 
 
