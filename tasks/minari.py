@@ -17,7 +17,7 @@ import numpy as np
 
 from common import UserError, check, line
 from tasks.download import folder
-from tasks.task import Task, check_env, check_inside, temporary_files_removed
+from tasks.task import Task, check_actions, check_env, check_inside, temporary_files_removed
 
 # The environment of a data set may only name code of these packages, or an environment that is registered
 TRUSTED = ("gymnasium.", "gymnasium_robotics.", "minari.")
@@ -51,9 +51,7 @@ def load(env_id: str) -> Task:
     except (Exception, SystemExit) as error:
         reason = f"is neither in {root} nor can it be downloaded ({line(error)[:300]})"
         raise UserError(f"Minari data set {env_id} {reason}: `minari list remote` shows what there is") from None
-    space = dataset.action_space
-    fits = isinstance(space, gym.spaces.Box) and len(space.shape) == 1
-    check(fits, f"{env_id}: actions must be a bounded vector (Box), not {space}; use a continuous task")
+    check_actions(dataset.action_space, env_id)
     spec = dataset._eval_env_spec or dataset.env_spec
     if spec is None:
         print(f"note: {env_id} names no environment: training without evaluation", file=sys.stderr)
@@ -94,8 +92,8 @@ def load(env_id: str) -> Task:
         score_name="Minari normalised score" if known else "return",
         sparse_goal=sparse_goal,
         origin=f"Minari {env_id}",
-        action_low=space.low,
-        action_high=space.high,
+        action_low=dataset.action_space.low,
+        action_high=dataset.action_space.high,
     )
 
 

@@ -175,11 +175,15 @@ def _try_env(make_env: Callable[[], gym.Env]) -> tuple[int, tuple[np.ndarray, np
     return obs_dim, (low, high), limit
 
 
+def check_actions(space: gym.Space, name: str) -> None:
+    """Raise UserError unless actions are a bounded vector of floats."""
+    fits = isinstance(space, gym.spaces.Box) and space.is_bounded() and len(space.shape) == 1 and space.dtype.kind == "f"
+    check(fits, f"{name}: actions must be a bounded vector of floats (Box), not {space}; use a continuous task")
+
+
 def check_env(env: gym.Env, name: str) -> gym.Env:
-    """Flatten observations that are no vector; insist on a bounded vector of actions."""
-    space = env.action_space
-    fits = isinstance(space, gym.spaces.Box) and space.is_bounded() and len(space.shape) == 1
-    check(fits, f"{name}: actions must be a bounded vector (Box), not {space}; use a continuous task")
+    """The environment, with flattened observations if they are no vector. Raises UserError for actions that are none."""
+    check_actions(env.action_space, name)
     if not isinstance(env.observation_space, gym.spaces.Box) or len(env.observation_space.shape) != 1:
         env = gym.wrappers.FlattenObservation(env)
     return env

@@ -212,6 +212,8 @@ class Wrong(gym.Env):
 
     def __init__(self, what: str):
         self.what = what
+        if what == "integers":
+            self.action_space = gym.spaces.Box(-2, 2, (1,), np.int64)
 
     def reset(self, seed=None, options=None):
         return np.zeros(1 if self.what == "shape" else 3), {}
@@ -232,7 +234,7 @@ class Wrong(gym.Env):
     ("what", "message"),
     [("shape", r"of shape \(1,\), not \(3,\)"), ("exit", "SystemExit"), ("vanish", "has died"),
      ("error", "ZeroDivisionError: by zero.*test_own_data.py:"), ("nan", "NaN"), ("reward", "not one finite number"),
-     ("old", "ValueError")],
+     ("old", "ValueError"), ("integers", "vector of floats")],
 )  # fmt: skip
 def test_an_environment_that_is_wrong_is_found_before_training(tmp_path, what, message):
     gym.register("Wrong-v0", lambda: Wrong(what), disable_env_checker=True, order_enforce=False)
