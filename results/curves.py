@@ -19,7 +19,10 @@ def main() -> None:
     figure, axes = plt.subplots(figsize=(7, 3.6), constrained_layout=True)
     for label, run_dir, config in runs:
         with open(Path(run_dir) / "eval.csv") as file:
-            rows = [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
+            rows = [
+                {name: float(value) for name, value in row.items() if name not in ("phase", "setting")}
+                for row in csv.DictReader(file)
+            ]
         epochs = sorted({row["epoch"] for row in rows})
         groups = [[row for row in rows if row["epoch"] == epoch] for epoch in epochs]
         mean = np.array([np.mean([row["score_mean"] for row in group]) for group in groups])
@@ -35,7 +38,9 @@ def main() -> None:
         updates = np.array(epochs) * config["args"]["steps_per_epoch"]
         (line,) = axes.plot(updates, mean, marker="o", markersize=3, label=label)
         axes.fill_between(updates, mean - spread, mean + spread, color=line.get_color(), alpha=0.2)
-    axes.set(xlabel="training updates", ylabel="normalised score", title=config["args"]["env_id"])
+    score = config["data"].get("score", "score")
+    steps = "steps in the environment" if "online_steps" in config["args"] else "training updates"
+    axes.set(xlabel=steps, ylabel=score, title=config["args"]["env_id"])
     axes.grid(alpha=0.3)
     figure.legend(loc="outside right upper")
     figure.savefig(out, dpi=150)
