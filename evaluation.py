@@ -9,14 +9,14 @@ import sys
 import threading
 import traceback
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import gymnasium as gym
 import numpy as np
 from tqdm import tqdm
 
-REPORT_EVERY = 30.0  # s, in an evaluation
+REPORT_EVERY = 30.0  # s, while something is waited for
 MAX_COPIES = 64  # enough to keep a GPU and its cores busy; of the heaviest task (kitchen) they take 4 GiB
 
 
@@ -152,6 +152,8 @@ class LockstepEnvs:
     @staticmethod
     def _receive(pipe: Any) -> Any:
         try:
+            while not pipe.poll(REPORT_EVERY):
+                tqdm.write("waiting for the environment, which has not answered yet", file=sys.stderr)
             answer = pipe.recv()
         except (EOFError, OSError):
             raise EnvironmentFailure(
@@ -212,22 +214,6 @@ def episode_seeds(seeds: Sequence[int], epoch: int, num_episodes: int) -> np.nda
     return np.array([np.random.SeedSequence([seed, epoch]).generate_state(num_episodes) for seed in seeds])
 
 
-@contextlib.contextmanager
-def reported(state: Callable[[], str]) -> Iterator[None]:
-    """Within, print a line every 30 s, also while a step of the environment hangs."""
-    ended = threading.Event()
-
-    def report() -> None:
-        while not ended.wait(REPORT_EVERY):
-            tqdm.write(state(), file=sys.stderr)
-
-    threading.Thread(target=report, daemon=True).start()
-    try:
-        yield
-    finally:
-        ended.set()
-
-
 def run_episodes(
     envs: LockstepEnvs, act: Callable[[np.ndarray], np.ndarray], seeds: np.ndarray, chunk: int = 1
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -248,11 +234,8 @@ def run_episodes(
     obs = envs.reset(running, queue[episode])
     returns, lengths = np.zeros(len(queue)), np.zeros(len(queue), int)
     plans = None  # the actions of each copy, (copies, chunk, A), of which the one at its episode's step modulo `chunk` is next
-    progress = tqdm(total=len(queue), unit="episode", desc="evaluating", leave=False, mininterval=1)
-    with (
-        progress,
-        reported(lambda: f"evaluating: {progress.n} of {len(queue)} episodes ended, {lengths.sum():,} steps"),
-    ):
+    often = 1 if sys.stderr.isatty() else REPORT_EVERY
+    with tqdm(total=len(queue), unit="episode", desc="evaluating", leave=False, mininterval=often, miniters=0) as progress:
         while len(running):
             place = lengths[episode[running]] % chunk
             asking = running[place == 0]
@@ -276,5 +259,6 @@ def run_episodes(
             if len(again):
                 obs[again] = envs.reset(again, queue[episode[again]])
             running = running[episode[running] < len(queue)]
+            progress.set_postfix_str(f"{lengths.sum():,} steps", refresh=False)
             progress.update(int(done.sum()))
     return returns.reshape(-1, num_models).T, lengths.reshape(-1, num_models).T

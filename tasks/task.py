@@ -164,10 +164,9 @@ def _try_env(make_env: Callable[[], gym.Env]) -> tuple[int, tuple[np.ndarray, np
     In a process of its own, which the environment may end.
     """
     try:
-        with evaluation.reported(lambda: "waiting for the environment's first reset and step"):
-            with contextlib.closing(evaluation.LockstepEnvs(make_env, [0])) as envs:
-                low, high, obs_dim, limit = envs.describe()
-                envs.step(np.zeros(1, int), evaluation.to_env_units(np.zeros((1, len(low))), low, high))
+        with contextlib.closing(evaluation.LockstepEnvs(make_env, [0])) as envs:
+            low, high, obs_dim, limit = envs.describe()
+            envs.step(np.zeros(1, int), evaluation.to_env_units(np.zeros((1, len(low))), low, high))
     except UserError:
         raise
     except Exception as error:
