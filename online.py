@@ -150,7 +150,10 @@ def load_offline(agent: Any, run_dir: str) -> None:
     """Take networks and optimizers of a run of dtql_continuous.py. Raises UserError if they do not fit."""
     saved = common.open_checkpoint(Path(run_dir) / "checkpoint.pt", agent.device)
     check(saved["exp_name"] == "dtql_continuous", f"--from {run_dir} is not a run of dtql_continuous.py: give one that is")
+    same, task = saved["args"]["env_id"] == agent.args.env_id, saved["args"]["env_id"]
+    check(same, f"--from {run_dir} was trained on {task}, not {agent.args.env_id}: give a run on this task")
     try:
-        stacked.load_state(agent, {**stacked.state_of(agent), **saved["agent"]})
+        own = {name: value for name, value in stacked.state_of(agent).items() if name.startswith("replay.")}
+        stacked.load_state(agent, own | saved["agent"])
     except ValueError as error:
         raise common.UserError(f"--from {run_dir}: {error}: give the flags of that run") from None

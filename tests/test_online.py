@@ -17,7 +17,7 @@ import stacked
 from common import UserError
 from online import Collector, Replay
 from stacked import Transitions
-from tools import report
+from tools import export, report
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("tiny_networks")]
 
@@ -37,7 +37,8 @@ class Line(gym.Env):
         return np.array([self.at, self.mark]), self.at, self.at > 2, False, {}
 
 
-gym.register("Line-v0", Line, max_episode_steps=5, disable_env_checker=True)
+for name in ("Line-v0", "Lane-v0"):
+    gym.register(name, Line, max_episode_steps=5, disable_env_checker=True)
 
 
 @pytest.fixture
@@ -179,6 +180,11 @@ def test_from_a_finished_run(tmp_path, line):
     assert [row["phase"] for row in rows] == ["offline"] + 4 * ["online"]
     with pytest.raises(UserError, match="--from .* differs from this script's"):
         dtql_online.main(make_args(tmp_path, dtql_online, **line, offline=offline["run_dir"], policy="implicit", nll=False))
+    export.main(export.Args(offline["run_dir"], format="policy"))
+    with pytest.raises(UserError, match="--from .* differs from this script's"):  # a policy alone has no critic to go on with
+        dtql_online.main(make_args(tmp_path, dtql_online, **line, offline=f"{offline['run_dir']}/policy"))
+    with pytest.raises(UserError, match="was trained on Line-v0, not"):
+        dtql_online.main(make_args(tmp_path, dtql_online, **(line | {"env_id": "Lane-v0"}), offline=offline["run_dir"]))
     with pytest.raises(UserError, match="is not a run of dtql_continuous.py"):
         dtql_online.main(make_args(tmp_path, dtql_online, **line, offline=dtql_online.main(args)["run_dir"]))
 
