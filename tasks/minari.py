@@ -66,7 +66,10 @@ def load(env_id: str) -> Task:
                 check_inside(source, str(file))
         for episode in dataset.iterate_episodes():
             obs, terminals = flatten(observation_space, episode.observations), np.array(episode.terminations, np.float32)
-            length = min(len(episode.rewards), len(obs) - 1)  # a last step without a next observation is dropped
+            steps = len(episode.rewards)
+            same = steps == len(episode.actions) == len(terminals) and steps <= len(obs)
+            check(same, f"{env_id}: episode {episode.id} has {steps} rewards and another number of actions, ends or observations")
+            length = min(steps, len(obs) - 1)  # a last step without a next observation is dropped
             if sparse_goal and (episode.rewards[:length] > 0).any():
                 # AntMaze's data continues after the goal: the task ends at the first success
                 length = int(np.argmax(episode.rewards > 0)) + 1

@@ -463,6 +463,22 @@ def test_files_that_point_elsewhere_and_good_ones_that_cannot_be_read(hopper, tm
     assert "delete" not in str(error.value)
 
 
+@pytest.mark.parametrize(("column", "rows"), [("observations", 30), ("observations", 20), ("actions", 29), ("rewards", 31)])
+def test_minari_episodes_of_uneven_columns(minari_root, column, rows):
+    """A last step without a next observation is dropped; what does not belong together is refused."""
+    file = write_minari("test/small-v0", gym.make("Pendulum-v1"), 2, 30) / "data" / "main_data.hdf5"
+    with h5py.File(file, "a") as source:
+        values = source[f"episode_1/{column}"][:]
+        del source[f"episode_1/{column}"]
+        source[f"episode_1/{column}"] = np.resize(values, (rows, *values.shape[1:]))
+    if (column, rows) == ("observations", 30):
+        task = load_task("test/small-v0")
+        assert len(task.obs) == 59 and np.flatnonzero(task.ends).tolist() == [29, 58]
+    else:
+        with pytest.raises(UserError, match="episode 1 has"):
+            load_task("test/small-v0")
+
+
 def test_minari_files_that_point_elsewhere(minari_root, tmp_path):
     file = write_minari("test/small-v0", gym.make("Pendulum-v1"), episodes=2) / "data" / "main_data.hdf5"
     with h5py.File(file, "a") as source:

@@ -349,7 +349,7 @@ def test_an_error_in_a_worker_arrives_with_its_line():
     envs.close()
 
 
-@pytest.mark.parametrize("error", [ZeroDivisionError("later"), SystemExit(0)])
+@pytest.mark.parametrize("error", [ZeroDivisionError("later"), SystemExit(0), "os._exit"])
 def test_an_environment_that_fails_later_loses_nothing(hopper, tmp_path, monkeypatch, error):
     """The run is saved before its evaluation, and the line says how to continue."""
     step, steps = evaluation._Shard.step, []
@@ -357,10 +357,15 @@ def test_an_environment_that_fails_later_loses_nothing(hopper, tmp_path, monkeyp
     def failing(self, *inputs):
         steps.append(1)
         if len(steps) > 5:
+            if error == "os._exit":
+                os._exit(0)
             raise error
         return step(self, *inputs)
 
-    with monkeypatch.context() as patch, pytest.raises(UserError, match="failed in step.*continue with --resume") as raised:
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(UserError, match="(failed in step|has died).*continue with --resume") as raised,
+    ):
         patch.setattr(evaluation._Shard, "step", failing)
         dtql.main(make_args(tmp_path))
     assert "\n" not in str(raised.value)
