@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import threading
+import time
 import traceback
 import warnings
 from collections.abc import Callable, Sequence
@@ -197,8 +198,9 @@ class LockstepEnvs:
             with contextlib.suppress(OSError):  # a dead worker
                 pipe.send(None)
             pipe.close()
+        patience = time.monotonic() + 5  # s, for all of them together
         for process in self.processes:
-            process.join(timeout=5)
+            process.join(max(0, patience - time.monotonic()))
             if process.is_alive():
                 process.kill()
 
