@@ -452,6 +452,7 @@ def load_policy(
         if plan and plan[0].shape[:-1] == obs.shape[:-1]:
             return plan.pop(0)
         actions = agent.act(torch.as_tensor(np.atleast_2d(obs)[None], device=device), generator)[0].cpu().numpy()
+        check(bool(np.isfinite(actions).all()), "the policy gives NaN for these observations: are they on the scale of the data?")
         plan[:] = evaluation.to_env_units(np.moveaxis(actions.reshape(*obs.shape[:-1], -1, len(low)), -2, 0), low, high)
         return plan.pop(0)
 

@@ -27,6 +27,8 @@ class EnvironmentFailure(Exception):
 
 def to_env_units(actions: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.ndarray:
     """Actions (..., A) in [-1, 1] scaled to the bounds (A,), in the dtype of the bounds and never outside them."""
+    if not np.isfinite(actions).all():
+        raise EnvironmentFailure("the policy gave actions that are NaN: are these observations on the scale of the data?")
     scaled = low + (actions.astype(np.float64) + 1) / 2 * (high.astype(np.float64) - low)
     return scaled.astype(low.dtype).clip(low, high)
 

@@ -544,6 +544,12 @@ def test_one_wrong_byte_in_a_checkpoint_is_noticed(run_dir):
 
 @pytest.mark.slow
 def test_a_policy_of_nan_is_refused(run_dir):
+    act = dtql.load_policy(str(run_dir / "checkpoint.pt"))
+    act.agent.act = lambda obs, _: torch.full((*obs.shape[:2], 3), torch.nan)
+    with pytest.raises(UserError, match="NaN for these observations"):
+        act(np.zeros(11))
+    with pytest.raises(evaluation.EnvironmentFailure, match="NaN"):
+        evaluation.to_env_units(np.full((2, 1), np.nan), np.full(1, -1.0), np.full(1, 1.0))
     saved = torch.load(run_dir / "checkpoint.pt", weights_only=True)
     saved["agent"]["actor.net.0.weight"][0, 0, 0] = float("nan")
     torch.save(saved, run_dir / "checkpoint.pt")
