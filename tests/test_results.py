@@ -137,13 +137,49 @@ def test_the_table_of_cube_single_is_that_of_the_run():
     assert numbers_below("## OGBench data made at home") == expected
 
 
-@pytest.mark.parametrize("name", ["default", "without_nll"])
-def test_the_tables_of_the_online_runs_are_those_of_the_runs(name):
+def evaluations(*run_dirs):
+    """(mean, standard error over all episodes, means of the models) of each evaluation of runs, together."""
+    found, rows = [], [row for run_dir in run_dirs for row in read(run_dir / "eval.csv")]
+    for epoch in dict.fromkeys(row["epoch"] for row in rows):
+        own = [row for row in rows if row["epoch"] == epoch]
+        means, stds = (np.array([float(row[name]) for row in own]) for name in ("score_mean", "score_std"))
+        error = np.sqrt(((stds**2).mean() + means.var()) / sum(int(row["episodes"]) for row in own))
+        found.append((means.mean(), error, means))
+    return found
+
+
+def test_the_table_of_the_online_runs_is_that_of_the_runs():
+    folders = {"the default": "default", "`--critic td`": "td", "`--freeze-denoiser`": "freeze", "`--offline-ratio 0.5`": "ratio",
+               "online only": "only"}  # fmt: skip
+    rows = {name: cells for name, *cells in numbers_below("## Offline, then online")}
+    assert rows.keys() == folders.keys()
+    for name, folder in folders.items():
+        found = evaluations(RESULTS / "online" / folder)
+        assert rows[name][:5] == [f"{mean:.0f} ± {error:.0f}" for mean, error, _ in found]
+        assert rows[name][5] == ", ".join(f"{mean:.0f}" for mean in found[-1][2])
+
+
+@pytest.mark.parametrize("name", ["first_steps", "without_nll"])
+def test_the_tables_of_the_first_online_runs_are_those_of_the_runs(name):
     rows = read(RESULTS / "online" / f"{name}.csv")
     text = (RESULTS / "README.md").read_text()
     by_step = [[float(row["score_mean"]) for row in rows[i : i + 3]] for i in range(0, len(rows), 3)]
     assert f"| seeds 0, 1, 2 | {' | '.join(', '.join(f'{score:.0f}' for score in scores) for scores in by_step)} |" in text
     assert f"| mean | {' | '.join(f'{np.mean(scores):.0f}' for scores in by_step)} |" in text
+
+
+def test_the_table_of_pen_human_is_that_of_the_runs():
+    folders = {"DTQL": ["dtql_continuous"], "BC": ["bc"], "IQL": ["iql", "iql_seeds_1_2"]}
+    rows = {name: cells for name, *cells in numbers_below("## pen-human")}
+    assert rows.keys() == folders.keys()
+    for name, runs in folders.items():
+        found = evaluations(*(RESULTS / "pen_human" / run for run in runs))
+        (mean, error, each), means = found[-1], [mean for mean, _, _ in found]
+        seeds = ", ".join(str(seed) for seed in range(len(each)))
+        if len(each) > 1:
+            seeds += f" ({', '.join(f'{score:.1f}' for score in each)})"
+        assert rows[name][1:3] == [seeds, f"{mean:.1f} ± {error:.1f}"]
+        assert rows[name][3].split()[0] == f"{np.mean(means[-3:]):.1f}" and rows[name][4] == f"{max(means):.1f}"
 
 
 def test_the_table_of_look_alike_data_is_that_of_the_runs():
