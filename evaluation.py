@@ -38,7 +38,8 @@ class _Shard:
 
     def __init__(self, make_env: Callable[[], gym.Env], seeds: Sequence[int]):
         self.envs = [make_env() for _ in seeds]
-        self.reset(range(len(seeds)), seeds)  # what is drawn once per instance: AntMaze v0's goal
+        # What is drawn once per instance (AntMaze v0's goal) must not depend on when a run was resumed
+        self.reset(range(len(seeds)), seeds)
 
     def reset(self, indices: Sequence[int], seeds: Sequence[int]) -> tuple[np.ndarray]:
         return (
