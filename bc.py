@@ -40,6 +40,10 @@ class Args(common.Args):
     # Algorithm specific arguments
     policy: Literal["deterministic", "gaussian", "diffusion"] = "deterministic"
     """a tanh MLP trained on the squared error, a tanh Gaussian on its NLL, or DTQL's diffusion policy on Eq. 2"""
+    layers: int = 2
+    """hidden layers of the deterministic policy; the others have DTQL's networks"""
+    width: int = 256
+    """units of each of them"""
     normalize: bool = True
     """standardise observations; DTQL does not"""
     learning_rate: float = 3e-4
@@ -53,6 +57,8 @@ class Args(common.Args):
         """Raise UserError for invalid settings."""
         super().check()
         check(0 < self.learning_rate < math.inf, f"--learning-rate must be positive, not {self.learning_rate}")
+        check(1 <= self.layers <= 100, f"--layers must lie in [1, 100], not {self.layers}")
+        check(1 <= self.width <= 100_000, f"--width must lie in [1, 100000], not {self.width}")
         check(1 <= self.sampling_steps <= 1000, f"--sampling-steps must lie in [1, 1000], not {self.sampling_steps}")
 
 
@@ -62,7 +68,8 @@ def task_defaults(env_id: str) -> dict[str, Any]:
         epochs = {"dtql/pointmaze-medium-v0": 8, "dtql/pointmaze-large-v0": 14}.get(env_id)  # as many updates as DTQL's
         return {} if epochs is None else dict(epochs=epochs, eval_every=epochs // 4, batch_size=64)
     ogbench, long = tasks.is_ogbench(env_id), tasks.domain(env_id) in ("antmaze", "pen", "kitchen")
-    return dict(epochs=1000, eval_every=100 if ogbench else 50, eval_episodes=50 if ogbench else 100 if long else 10)
+    sizes = dict(layers=4, width=512) if ogbench else {}  # as in FQL's paper
+    return sizes | dict(epochs=1000, eval_every=100 if ogbench else 50, eval_episodes=50 if ogbench else 100 if long else 10)
 
 
 # ---- EDM schedule (Appendix B; Karras et al. 2022) -------------------------------------------------------------------
@@ -117,13 +124,12 @@ HIDDEN = 256
 class DeterministicActor(nn.Module):
     """a = tanh(MLP(s)): obs (K, B, S) -> (K, B, A)."""
 
-    def __init__(self, obs_dim: int, action_dim: int):
+    def __init__(self, obs_dim: int, action_dim: int, layers: int, width: int):
         super().__init__()
-        self.net = nn.Sequential(
-            Linear(obs_dim, HIDDEN), nn.ReLU(),
-            Linear(HIDDEN, HIDDEN), nn.ReLU(),
-            Linear(HIDDEN, action_dim), nn.Tanh(),
-        )  # fmt: skip
+        self.net = nn.Sequential(Linear(obs_dim, width), nn.ReLU())
+        for _ in range(layers - 1):
+            self.net.extend((Linear(width, width), nn.ReLU()))
+        self.net.extend((Linear(width, action_dim), nn.Tanh()))
 
     def forward(self, obs: Tensor) -> Tensor:
         return self.net(obs)
@@ -172,9 +178,6 @@ class Denoiser(nn.Module):
         return c_skip(sigma) * noisy_actions + c_out(sigma) * output
 
 
-ACTORS = {"deterministic": DeterministicActor, "gaussian": GaussianActor, "diffusion": Denoiser}
-
-
 # ---- the agent ---------------------------------------------------------------------------------------------------------
 
 
@@ -187,7 +190,9 @@ class BC(nn.Module):
         self.args, self.action_dim, self.device, self.data = args, action_dim, device, data
 
         def make_model() -> nn.ModuleDict:
-            return nn.ModuleDict({"actor": ACTORS[args.policy](obs_dim, action_dim)})
+            if args.policy == "deterministic":
+                return nn.ModuleDict({"actor": DeterministicActor(obs_dim, action_dim, args.layers, args.width)})
+            return nn.ModuleDict({"actor": (GaussianActor if args.policy == "gaussian" else Denoiser)(obs_dim, action_dim)})
 
         (self.actor,) = stacked.stack_seeds(make_model, args.model_seeds).to(device).values()
         self.actor_optimizer = torch.optim.Adam(self.actor.parameters(), args.learning_rate, fused=True)

@@ -60,6 +60,8 @@ class Args(common.Args):
     """discount factor"""
     tau: float = 0.005
     """Polyak rate of the target Qs"""
+    critic_width: int = 256
+    """units of the hidden layers of Q and V"""
     batch_size: int = 64
     """minibatch size"""
     epochs: int = 12
@@ -69,6 +71,7 @@ class Args(common.Args):
         """Raise UserError for invalid settings."""
         super().check()
         check(all(0 < tau < 1 for tau in self.values("expectile")), f"--expectile must lie in (0, 1), not {self.expectile}")
+        check(1 <= self.critic_width <= 100_000, f"--critic-width must lie in [1, 100000], not {self.critic_width}")
         check(1 <= self.num_candidates <= 1e6, f"--num-candidates must be at least 1, not {self.num_candidates}")
         check(0 < self.learning_rate < math.inf, f"--learning-rate must be positive, not {self.learning_rate}")
         check(0 <= self.weight_decay < math.inf, f"--weight-decay must be at least 0, not {self.weight_decay}")
@@ -88,6 +91,7 @@ def task_defaults(env_id: str) -> dict[str, Any]:
         # On OGBench those of FQL's authors
         expectile=0.9 if domain == "antmaze" or env_id.startswith(("cube", "scene", "puzzle")) else 0.7,
         num_candidates=32 if ogbench else 64,
+        critic_width=512 if ogbench and not env_id.startswith(("cube", "scene", "puzzle")) else 256,
         batch_size=512,
         epochs=1000 if ogbench else 3000,
         gamma=0.995 if ogbench and tasks.is_long(env_id) else 0.99,
@@ -151,13 +155,13 @@ def xavier(net: nn.Module) -> nn.Module:
 class Critic(nn.Module):
     """Q(s, a), of which there are two: obs (K, B, S), actions (K, B, A) -> (K, 2, B)."""
 
-    def __init__(self, obs_dim: int, action_dim: int):
+    def __init__(self, obs_dim: int, action_dim: int, width: int):
         super().__init__()
         self.net = xavier(
             nn.Sequential(
-                Linear(obs_dim + action_dim, HIDDEN), nn.ReLU(),
-                Linear(HIDDEN, HIDDEN), nn.ReLU(),
-                Linear(HIDDEN, 1),
+                Linear(obs_dim + action_dim, width), nn.ReLU(),
+                Linear(width, width), nn.ReLU(),
+                Linear(width, 1),
             )
         )  # fmt: skip
 
@@ -168,14 +172,14 @@ class Critic(nn.Module):
 class Value(nn.Module):
     """V(s), of the observation after LayerNorm: obs (K, B, S) -> (K, B)."""
 
-    def __init__(self, obs_dim: int):
+    def __init__(self, obs_dim: int, width: int):
         super().__init__()
         self.net = xavier(
             nn.Sequential(
                 LayerNorm(obs_dim, eps=1e-6),
-                Linear(obs_dim, HIDDEN), nn.ReLU(),
-                Linear(HIDDEN, HIDDEN), nn.ReLU(),
-                Linear(HIDDEN, 1),
+                Linear(obs_dim, width), nn.ReLU(),
+                Linear(width, width), nn.ReLU(),
+                Linear(width, 1),
             )
         )  # fmt: skip
 
@@ -233,8 +237,8 @@ class IDQL(nn.Module):
 
         def make_model() -> nn.ModuleDict:
             return nn.ModuleDict({
-                "critic": stacked.stack([Critic(obs_dim, action_dim), Critic(obs_dim, action_dim)]),
-                "value": Value(obs_dim),
+                "critic": stacked.stack([Critic(obs_dim, action_dim, args.critic_width) for _ in range(2)]),
+                "value": Value(obs_dim, args.critic_width),
                 "denoiser": Denoiser(obs_dim, action_dim),
             })  # fmt: skip
 

@@ -35,7 +35,7 @@ import tasks
 from best_of import BestOf
 from common import check
 from run_folder import Run
-from stacked import Batch, Linear, Metrics, Transitions
+from stacked import Batch, LayerNorm, Linear, Metrics, Transitions
 from tasks import Task, return_range
 
 
@@ -54,6 +54,10 @@ class Args(common.Args):
     """dropout probability of the policy's hidden layers"""
     layers: int = 2
     """hidden layers of every network"""
+    width: int = 256
+    """units of each hidden layer"""
+    layer_norm: bool = False
+    """LayerNorm after the hidden layers of Q and V"""
     learning_rate: float = 3e-4
     """of all networks; the policy's falls to 0 along a cosine"""
     gamma: float = 0.99
@@ -71,6 +75,7 @@ class Args(common.Args):
         check(all(0 < tau < 1 for tau in self.values("expectile")), f"--expectile must lie in (0, 1), not {self.expectile}")
         check(all(0 <= beta < math.inf for beta in self.values("beta")), f"--beta must be at least 0, not {self.beta}")
         check(1 <= self.layers <= 100, f"--layers must lie in [1, 100], not {self.layers}")
+        check(1 <= self.width <= 100_000, f"--width must lie in [1, 100000], not {self.width}")
         check(0 <= self.dropout < 1, f"--dropout must lie in [0, 1), not {self.dropout}")
         check(0 < self.learning_rate < math.inf, f"--learning-rate must be positive, not {self.learning_rate}")
         check(0 <= self.gamma <= 1, f"--gamma must lie in [0, 1], not {self.gamma}")
@@ -85,7 +90,7 @@ SETTINGS = {
     "kitchen": (0.7, 0.5, 0.1),
     "hopper-medium-expert-v2": (0.5, 6.0, 0.0),  # as reimplementations do; unstable with the official ones
 }
-# OGBench: beta of FQL's authors, by the beginning of the id (else 10), with expectile 0.9 and, in manipulation, 4 layers
+# OGBench: beta of FQL's authors, by the beginning of the id (else 10), with expectile 0.9 and their networks' sizes
 OGBENCH = {"antsoccer": 1.0, "cube-single": 1.0, "cube-double": 0.3, "puzzle-4x4": 3.0}
 
 
@@ -99,7 +104,9 @@ def task_defaults(env_id: str) -> dict[str, Any]:
     if ogbench:
         expectile, beta = 0.9, next((beta for start, beta in OGBENCH.items() if env_id.startswith(start)), 10.0)
     return dict(
-        layers=4 if env_id.startswith(("cube", "scene", "puzzle")) else 2,
+        layers=4 if ogbench else 2,
+        width=512 if ogbench and not env_id.startswith(("cube", "scene", "puzzle")) else 256,
+        layer_norm=ogbench,
         expectile=expectile,
         beta=beta,
         dropout=dropout,
@@ -122,15 +129,13 @@ def make_data(task: Task, args: Args, device: torch.device) -> Transitions:
 
 # ---- networks, written for one model -------------------------------------------------------------------------------------
 
-HIDDEN = 256
 
-
-def mlp(inputs: int, outputs: int, layers: int) -> nn.Sequential:
-    """All weights orthogonal with gain sqrt(2), the output's too."""
-    net = nn.Sequential(Linear(inputs, HIDDEN), nn.ReLU())
-    for _ in range(layers - 1):
-        net.extend((Linear(HIDDEN, HIDDEN), nn.ReLU()))
-    net.append(Linear(HIDDEN, outputs))
+def mlp(inputs: int, outputs: int, args: Args, norm: bool = False) -> nn.Sequential:
+    """All weights orthogonal with gain sqrt(2), the output's too; LayerNorm after each activation if `norm`."""
+    net = nn.Sequential()
+    for size in (inputs, *[args.width] * (args.layers - 1)):
+        net.extend((Linear(size, args.width), nn.ReLU(), *([LayerNorm(args.width, eps=1e-6)] if norm else [])))
+    net.append(Linear(args.width, outputs))
     for layer in net:
         if isinstance(layer, Linear):
             nn.init.orthogonal_(layer.weight, math.sqrt(2))
@@ -141,9 +146,9 @@ def mlp(inputs: int, outputs: int, layers: int) -> nn.Sequential:
 class Critic(nn.Module):
     """Q(s, a), of which there are two: obs (K, B, S), actions (K, B, A) -> (K, 2, B)."""
 
-    def __init__(self, obs_dim: int, action_dim: int, layers: int = 2):
+    def __init__(self, obs_dim: int, action_dim: int, args: Args):
         super().__init__()
-        self.net = mlp(obs_dim + action_dim, 1, layers)
+        self.net = mlp(obs_dim + action_dim, 1, args, args.layer_norm)
 
     def forward(self, obs: Tensor, actions: Tensor) -> Tensor:
         return self.net(torch.cat((obs, actions), -1).unsqueeze(-3)).squeeze(-1)
@@ -152,9 +157,9 @@ class Critic(nn.Module):
 class Value(nn.Module):
     """V(s): obs (K, B, S) -> (K, B)."""
 
-    def __init__(self, obs_dim: int, layers: int = 2):
+    def __init__(self, obs_dim: int, args: Args):
         super().__init__()
-        self.net = mlp(obs_dim, 1, layers)
+        self.net = mlp(obs_dim, 1, args, args.layer_norm)
 
     def forward(self, obs: Tensor) -> Tensor:
         return self.net(obs).squeeze(-1)
@@ -163,13 +168,13 @@ class Value(nn.Module):
 class GaussianActor(nn.Module):
     """a ~ N(tanh(MLP(s)), std^2), std independent of the state: obs (K, B, S) -> mean (K, B, A), log_std (K, 1, A)."""
 
-    def __init__(self, obs_dim: int, action_dim: int, layers: int = 2):
+    def __init__(self, obs_dim: int, action_dim: int, args: Args):
         super().__init__()
-        self.net = mlp(obs_dim, action_dim, layers)
+        self.net = mlp(obs_dim, action_dim, args)
         self.log_std = nn.Parameter(torch.zeros(action_dim))
 
     def forward(self, obs: Tensor, masks: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """`masks` (layers, K, B, 256): dropout of the hidden layers, 0 or 1 / (1 - p); None where there is none."""
+        """`masks` (layers, K, B, width): dropout of the hidden layers, 0 or 1 / (1 - p); None where there is none."""
         x, hidden = obs, 0
         for layer in self.net:
             x = layer(x)
@@ -191,9 +196,9 @@ class IQL(nn.Module):
 
         def make_model() -> nn.ModuleDict:
             return nn.ModuleDict({
-                "critic": stacked.stack([Critic(obs_dim, action_dim, args.layers) for _ in range(2)]),
-                "value": Value(obs_dim, args.layers),
-                "actor": GaussianActor(obs_dim, action_dim, args.layers),
+                "critic": stacked.stack([Critic(obs_dim, action_dim, args) for _ in range(2)]),
+                "value": Value(obs_dim, args),
+                "actor": GaussianActor(obs_dim, action_dim, args),
             })  # fmt: skip
 
         self.critic, self.value, self.actor = stacked.stack_seeds(make_model, args.model_seeds).to(device).values()
@@ -241,7 +246,7 @@ class IQL(nn.Module):
         args, shape = self.args, (self.args.num_models, self.args.batch_size)
         batch, masks = self.data.sample(*shape), None
         if args.dropout:
-            keep = torch.rand(shape[0], args.layers, shape[1], HIDDEN, device=self.device) >= args.dropout
+            keep = torch.rand(shape[0], args.layers, shape[1], args.width, device=self.device) >= args.dropout
             masks = (keep / (1 - args.dropout)).transpose(0, 1)
         factor = (1 + torch.cos(math.pi * self.train_step / args.total_steps)) / 2
         stacked.set_learning_rate(self.actor_optimizer, factor)

@@ -42,6 +42,7 @@ OWN = {
     "diffusion_batch_size": 32,
     "online_steps": 20,
     "chunk": 1,
+    "width": 64,
 }
 VARIANTS = [  # each method, and what its flags change in losses and updates
     *((module, {}) for module in METHODS),
@@ -54,6 +55,7 @@ VARIANTS = [  # each method, and what its flags change in losses and updates
             ("bc", {"policy": "gaussian"}),
             ("bc", {"policy": "diffusion"}),
             ("iql", {"dropout": 0.1}),
+            ("iql", {"layers": 3, "layer_norm": True}),
             ("dql", {"max_q_backup": True}),
             ("fql", {"normalize_q": True, "q_target": "min"}),
             ("dtql_chunk", {"chunk": 3}),

@@ -368,7 +368,7 @@ def test_diffusion_policy_clones_two_modes_and_a_deterministic_one_takes_the_mea
 def test_log_prob_is_that_of_a_gaussian_around_a_tanh_mean():
     """No correction for the tanh; the std does not depend on the state and stays in [e^-5, e^2]."""
     torch.manual_seed(0)
-    actor, obs, actions = iql.GaussianActor(3, 2), torch.randn(10, 3), torch.rand(10, 2) * 2 - 1
+    actor, obs, actions = iql.GaussianActor(3, 2, iql.Args()), torch.randn(10, 3), torch.rand(10, 2) * 2 - 1
     mean, log_std = actor(obs)
     torch.testing.assert_close(mean, torch.tanh(actor.net(obs)))
     assert log_std.tolist() == [[0, 0]]
@@ -380,7 +380,8 @@ def test_log_prob_is_that_of_a_gaussian_around_a_tanh_mean():
 
 
 def test_every_layer_starts_orthogonal_with_gain_sqrt_2():
-    for net in (iql.Critic(3, 2).net, iql.Value(3).net, iql.GaussianActor(3, 2).net):
+    args = iql.Args(layer_norm=True)
+    for net in (iql.Critic(3, 2, args).net, iql.Value(3, args).net, iql.GaussianActor(3, 2, args).net):
         for layer in net:
             if isinstance(layer, torch.nn.Linear):
                 weight = layer.weight if layer.weight.shape[0] <= layer.weight.shape[1] else layer.weight.T
@@ -463,7 +464,7 @@ def test_iqls_order_is_value_policy_critic_targets_on_one_minibatch():
 
 def test_iqls_dropout_masks_are_arguments_and_are_not_used_when_acting():
     agent = make_agent(module=iql, dropout=0.25)
-    actor, obs, masks = plain(agent.actor, 0), torch.randn(5, 3), (torch.rand(2, 5, 256) > 0.25) / 0.75
+    actor, obs, masks = plain(agent.actor, 0), torch.randn(5, 3), (torch.rand(2, 5, agent.args.width) > 0.25) / 0.75
     hidden = torch.relu(actor.net[0](obs)) * masks[0]
     hidden = torch.relu(actor.net[2](hidden)) * masks[1]
     torch.testing.assert_close(actor(obs, masks)[0], torch.tanh(actor.net[4](hidden)))

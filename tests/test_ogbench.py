@@ -14,6 +14,7 @@ import common
 import dtql_continuous as dtql
 import evaluation
 import fql
+import iql
 import tasks.make
 from common import UserError
 from tasks import ogbench
@@ -192,6 +193,8 @@ def test_settings():
     assert flags(fql, IDS[0]).q_target == "min" and flags(fql, "humanoidmaze-medium-navigate-singletask-v0").gamma == 0.995
     assert flags(dtql, "antsoccer-arena-navigate-singletask-v0").gamma == 0.995
     assert flags(dtql, IDS[0]).batch_size == 256 and flags(dtql, IDS[0]).gamma == 0.99
+    cube, maze = (flags(iql, env_id) for env_id in ("cube-single-play-singletask-v0", IDS[0]))
+    assert [(args.layers, args.width, args.layer_norm) for args in (cube, maze)] == [(4, 256, True), (4, 512, True)]
     assert torch.tensor(flags(fql, "antmaze-large-diverse-v2").alpha) == 3 and flags(fql, "pen-human-v1").alpha == 10_000
 
 
