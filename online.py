@@ -1,6 +1,7 @@
 """Learning online: transitions collected by K models in K environments, beside the data."""
 
 import os
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,6 +67,7 @@ class Replay(nn.Module):
         self.data, device = data, data.rows.device
         self.rows = torch.zeros(num_models, max(1, steps), data.rows.shape[1], device=device)
         self.register_buffer("size", torch.zeros((), dtype=torch.long, device=device))
+        self.register_buffer("checksum", torch.zeros((), dtype=torch.long, device=device))  # of the rows on disk
         self.register_buffer("episode_steps", torch.zeros(num_models, dtype=torch.long, device=device))  # of each running episode
 
     def sample(self, num_models: int, batch_size: int, ratio: float | None = None) -> Batch:
@@ -125,19 +127,20 @@ class Collector:
 
     def save(self, run_dir: Path) -> None:
         """Append the new rows to online.f32 beside the checkpoint, which says how many of them count."""
-        rows = self.replay.rows[:, self.saved : self.size].transpose(0, 1).contiguous().cpu().numpy()
+        rows = self.replay.rows[:, self.saved : self.size].transpose(0, 1).contiguous().cpu().numpy().tobytes()
         with open(run_dir / "online.f32", "ab") as file:
             file.truncate(self.saved * self.replay.rows[:, 0].nbytes)  # rows after the checkpoint of a run that was killed
-            file.write(rows.tobytes())
+            file.write(rows)
             file.flush()
             os.fsync(file.fileno())
+        self.replay.checksum.fill_(zlib.crc32(rows, int(self.replay.checksum)))
         self.saved = self.size
 
     def restore(self, run_dir: Path) -> None:
         """Read the rows of a run that is resumed, and play the episodes that were running up to where they were."""
         rows, file = self.replay.rows, run_dir / "online.f32"
         saved = np.fromfile(file, np.float32, self.size * rows[:, 0].numel())
-        check(saved.size == self.size * rows[:, 0].numel(), f"{file} is cut off: the run cannot be resumed")
+        check(zlib.crc32(saved) == self.replay.checksum, f"{file} is cut off or damaged: the run cannot be resumed")
         rows[:, : self.size] = torch.as_tensor(saved.reshape(self.size, *rows[:, 0].shape), device=rows.device).transpose(0, 1)
         self.saved, start = self.size, self.obs.shape[1]
         for ago in range(int(self.steps.max()), 0, -1):

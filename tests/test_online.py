@@ -165,9 +165,15 @@ def test_an_online_run_resumes_bit_identically(tmp_path, line, monkeypatch, stop
     with monkeypatch.context() as patch, pytest.raises((Killed, common.Interrupted)):
         patch.setattr(run_folder.Run, "advance", stopped)
         dtql_online.main(make())
+    file = runs[0].dir / "online.f32"
+    first, *others = file.read_bytes()
+    file.write_bytes(bytes((first ^ 1, *others)))
+    with pytest.raises(UserError, match="damaged"):
+        dtql_online.main(make(resume=str(runs[0].dir)))
+    file.write_bytes(bytes((first, *others)))
     dtql_online.main(make(resume=str(runs[0].dir)))
     assert_same_end(whole, runs[0].dir)
-    assert (runs[0].dir / "online.f32").read_bytes() == open(f"{whole}/online.f32", "rb").read()
+    assert file.read_bytes() == open(f"{whole}/online.f32", "rb").read()
     text = report.write_report(tmp_path / "runs").read_text()
     assert "## Online" in text and "regret" in text
 
