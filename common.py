@@ -62,7 +62,7 @@ class Args:
     """The arguments of every script; a script adds those of its method."""
 
     env_id: str = "dtql/pointmaze-umaze-v0"
-    """D4RL (hopper-medium-v2), Minari (contains a slash) or OGBench id (contains singletask); default: a demo without download"""
+    """D4RL (hopper-medium-v2), Minari (D4RL/pen/human-v2) or OGBench id (contains singletask); default: a demo, no download"""
     data: Annotated[str | None, tyro.conf.arg(metavar="FILE")] = None
     """your own transitions, HDF5 or npz (docs/tasks.md); evaluated if --env-id names a Gymnasium environment"""
     action_low: tuple[float, ...] | None = None

@@ -53,6 +53,7 @@ def fetch(
                     return
                 try:
                     part.unlink(missing_ok=True)
+                    print(f"downloading {file.name} from {source}", file=sys.stderr)
                     attempt(source, part)
                     check_file(part)
                     part.replace(file)
@@ -78,7 +79,7 @@ def _download(url: str, part: Path) -> None:
     started = time.monotonic()
     with urllib.request.urlopen(url, timeout=30) as response, open(part, "xb") as target:
         size = int(response.headers.get("Content-Length", 0))
-        with progress_bar(total=size or None, unit="B", unit_scale=True, desc=part.stem, disable=None) as progress:
+        with progress_bar(total=size or None, unit="B", unit_scale=True, desc=part.stem) as progress:
             while chunk := response.read1(1 << 20):
                 target.write(chunk)
                 progress.update(len(chunk))

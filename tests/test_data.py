@@ -278,8 +278,9 @@ def test_minari_transitions(minari_root):
     assert task.score_name == "Minari normalised score"
 
 
-def test_maze_episodes_end_at_their_first_success(monkeypatch, minari_root):
+def test_maze_episodes_end_at_their_first_success(monkeypatch, minari_root, tmp_path):
     """A data set that goes on at the goal is cut there, is terminal there, and is evaluated with episodes that end."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))  # where this maze leaves its model
     maze = [[1, 1, 1, 1], [1, "r", "g", 1], [1, 1, 1, 1]]
     env = gym.make("PointMaze_UMaze-v3", maze_map=maze, continuing_task=True, max_episode_steps=60)
     monkeypatch.setattr(env.action_space, "sample", lambda: np.array([0.6, 0.0], np.float32))
