@@ -261,7 +261,7 @@ def main(args: Args) -> dict[str, Any]:
     args.check()
     device = common.find_device(args.device)
     task = tasks.load_task(args)
-    envs = evaluation.make_envs(task.make_env, args)
+    envs = evaluation.make_envs(task, args)
     common.set_up_torch(args, device)
     mean, std = (task.obs.mean(0), task.obs.std(0) + 1e-3) if args.normalize else (0.0, 1.0)
     obs, next_obs = (task.obs - mean) / std, (task.next_obs - mean) / std

@@ -418,7 +418,7 @@ def main(args: Args) -> dict[str, Any]:
     args.check()
     device = common.find_device(args.device)
     task = tasks.load_task(args)
-    envs = evaluation.make_envs(task.make_env, args)
+    envs = evaluation.make_envs(task, args)
     common.set_up_torch(args, device)
     check(task.make_env is not None, "the online phase needs an environment: give --env-id")
     data = Transitions(task.obs, task.actions, transform(task, task.rewards), task.terminals, task.next_obs, device)

@@ -18,7 +18,7 @@ import numpy as np
 from tqdm import tqdm
 
 REPORT_EVERY = 30.0  # s, while something is waited for
-MAX_COPIES = 64  # enough to keep a GPU and its cores busy; of the heaviest task (kitchen) they take 4 GiB
+MAX_COPIES = 64  # enough to keep a GPU and its cores busy; in kitchen they take 4 GiB
 
 
 class EnvironmentFailure(Exception):
@@ -208,10 +208,10 @@ class LockstepEnvs:
                 process.kill()
 
 
-def make_envs(make_env: Callable[[], gym.Env] | None, args: Any) -> LockstepEnvs:
-    """The copies in which the run with `args` is evaluated; none without an environment."""
-    copies = min(args.num_models * args.eval_episodes, MAX_COPIES) if make_env else 0
-    return LockstepEnvs(make_env, np.random.SeedSequence(args.seed).generate_state(copies))
+def make_envs(task: Any, args: Any) -> LockstepEnvs:
+    """The copies of a task's environment in which the run with `args` is evaluated; none without an environment."""
+    copies = min(args.num_models * args.eval_episodes, task.max_copies) if task.make_env else 0
+    return LockstepEnvs(task.make_env, np.random.SeedSequence(args.seed).generate_state(copies))
 
 
 def episode_seeds(seeds: Sequence[int], epoch: int, num_episodes: int) -> np.ndarray:

@@ -367,7 +367,7 @@ def main(args: Args) -> dict[str, Any]:
     args.check()
     device = common.find_device(args.device)
     task = tasks.load_task(args)
-    envs = evaluation.make_envs(task.make_env, args)
+    envs = evaluation.make_envs(task, args)
     common.set_up_torch(args, device)
     rewards = task.rewards - 1 if task.sparse_goal else task.rewards  # AntMaze: -1 on the way, 0 at the goal
     data = Transitions(task.obs, task.actions, rewards, task.terminals, task.next_obs, device)

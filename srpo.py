@@ -386,7 +386,7 @@ def main(args: Args) -> dict[str, Any]:
     args.check()
     device = common.find_device(args.device)
     task = tasks.load_task(args)
-    envs = evaluation.make_envs(task.make_env, args)
+    envs = evaluation.make_envs(task, args)
     common.set_up_torch(args, device)
     data = make_data(task, args, device)
     agent = SRPO(args, task.obs.shape[1], task.actions.shape[1], device, data)

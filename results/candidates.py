@@ -30,7 +30,7 @@ def evaluate(run_dir: str) -> list[dict[str, float | str]]:
     saved = common.open_checkpoint(f"{run_dir}/checkpoint.pt")
     args = replace(dtql.Args(**common.saved_settings(dtql.Args, saved["args"], run_dir)), compile=False)
     task, rows, device = tasks.load_task(args), [], torch.device("cpu")
-    with contextlib.closing(evaluation.make_envs(task.make_env, args)) as envs:
+    with contextlib.closing(evaluation.make_envs(task, args)) as envs:
         for number in common.progress_bar(iterable=CANDIDATES, desc=args.env_id, unit="evaluation"):
             agent = dtql.DTQL(replace(args, num_candidates=number), saved["obs_dim"], len(saved["action_low"]), device)
             stacked.load_state(agent, saved["agent"])

@@ -11,6 +11,7 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 
+import evaluation
 from common import UserError, check, line
 from tasks.download import fetch, folder
 from tasks.task import Task, check_env
@@ -118,6 +119,7 @@ def load(env_id: str, sparse: bool = False) -> Task:
         make_env=functools.partial(make_env, gym_id, sparse),
         score=lambda returns: 100 * returns,
         score_name="success rate",
+        max_copies=16 if name.startswith(("cube", "scene", "puzzle")) else evaluation.MAX_COPIES,  # the arm takes 180 MB
         sparse_goal=False,  # its rewards are already -1 and 0, or minus the number of subgoals left
         origin=f"{file} (made at home, {', '.join(f'{key} {value}' for key, value in about.items())})" if about else str(file),
     )

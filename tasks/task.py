@@ -40,6 +40,7 @@ class Task(NamedTuple):
     origin: str  # where the data came from
     action_low: np.ndarray | None = None  # (A,) bounds, of the environment if there is one
     action_high: np.ndarray | None = None
+    max_copies: int = evaluation.MAX_COPIES  # of the environment at a time, fewer where they need much memory
 
     @property
     def ends(self) -> np.ndarray:

@@ -1,5 +1,6 @@
 """OGBench's ids: small files in its format, training and evaluation without a network, what is refused."""
 
+import contextlib
 import json
 from types import SimpleNamespace
 
@@ -230,6 +231,10 @@ def test_data_made_at_home_train_and_say_what_they_are(folder, tmp_path, capsys,
         check_replay(name, made)
     result = dtql.main(make_args(tmp_path, env_id=env_id, eval_episodes=1, epochs=1, max_episode_steps=20))
     assert "made at home" in capsys.readouterr().out.splitlines()[-1] and len(result["rows"]) == 1
+    task = load_task(env_id)
+    assert task.max_copies == (64 if "maze" in name else 16)  # 64 robot arms would take 11 GiB
+    with contextlib.closing(evaluation.make_envs(task._replace(max_copies=2), make_args(tmp_path, eval_episodes=3))) as envs:
+        assert envs.num_copies == 2
     with pytest.raises(UserError, match="is there already"):
         make(name)
 

@@ -337,7 +337,7 @@ def measure_evaluation(task: Task, args: Args, device: torch.device) -> list[dic
     )
     copies.close()
     if device.type == "cuda":
-        envs, seeds = evaluation.make_envs(task.make_env, dtql.Args(eval_episodes=100, **PAPER)), np.arange(100)[None]
+        envs, seeds = evaluation.make_envs(task, dtql.Args(eval_episodes=100, **PAPER)), np.arange(100)[None]
         started = time.perf_counter()
         evaluation.run_episodes(envs, functools.partial(act, "compile"), seeds)
         rows.append({"what": "100 AntMaze episodes", "seconds": round(time.perf_counter() - started, 1)})
