@@ -53,7 +53,7 @@ def fetch(
                     return
                 try:
                     part.unlink(missing_ok=True)
-                    print(f"downloading {file.name} from {source}", file=sys.stderr)
+                    print(f"downloading {file.name} from {source}")
                     attempt(source, part)
                     check_file(part)
                     part.replace(file)
