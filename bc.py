@@ -178,6 +178,9 @@ class Denoiser(nn.Module):
         return c_skip(sigma) * noisy_actions + c_out(sigma) * output
 
 
+ACTORS = {"deterministic": DeterministicActor, "gaussian": GaussianActor, "diffusion": Denoiser}
+
+
 # ---- the agent ---------------------------------------------------------------------------------------------------------
 
 
@@ -190,9 +193,8 @@ class BC(nn.Module):
         self.args, self.action_dim, self.device, self.data = args, action_dim, device, data
 
         def make_model() -> nn.ModuleDict:
-            if args.policy == "deterministic":
-                return nn.ModuleDict({"actor": DeterministicActor(obs_dim, action_dim, args.layers, args.width)})
-            return nn.ModuleDict({"actor": (GaussianActor if args.policy == "gaussian" else Denoiser)(obs_dim, action_dim)})
+            sizes = (args.layers, args.width) if args.policy == "deterministic" else ()
+            return nn.ModuleDict({"actor": ACTORS[args.policy](obs_dim, action_dim, *sizes)})
 
         (self.actor,) = stacked.stack_seeds(make_model, args.model_seeds).to(device).values()
         self.actor_optimizer = torch.optim.Adam(self.actor.parameters(), args.learning_rate, fused=True)

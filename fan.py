@@ -102,7 +102,7 @@ def task_defaults(env_id: str) -> dict[str, Any]:
         q_target="min" if domain == "antmaze" else "mean",
         batch_size=256,
         epochs=1000 if ogbench else 500,
-        gamma=0.995 if name.startswith(("cube", "scene", "puzzle", "antsoccer")) else 0.99,
+        gamma=0.995 if name.startswith((*tasks.MANIPULATION, "antsoccer")) else 0.99,
         eval_every=100 if ogbench else 50,
         eval_episodes=50 if ogbench else 100 if domain in ("antmaze", "pen", "kitchen") else 10,
     )

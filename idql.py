@@ -89,9 +89,9 @@ def task_defaults(env_id: str) -> dict[str, Any]:
     domain, ogbench = tasks.domain(env_id), tasks.is_ogbench(env_id)
     return dict(
         # On OGBench those of FQL's authors
-        expectile=0.9 if domain == "antmaze" or env_id.startswith(("cube", "scene", "puzzle")) else 0.7,
+        expectile=0.9 if domain == "antmaze" or env_id.startswith(tasks.MANIPULATION) else 0.7,
         num_candidates=32 if ogbench else 64,
-        critic_width=512 if ogbench and not env_id.startswith(("cube", "scene", "puzzle")) else 256,
+        critic_width=512 if ogbench and not env_id.startswith(tasks.MANIPULATION) else 256,
         batch_size=512,
         epochs=1000 if ogbench else 3000,
         gamma=0.995 if ogbench and tasks.is_long(env_id) else 0.99,

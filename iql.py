@@ -105,7 +105,7 @@ def task_defaults(env_id: str) -> dict[str, Any]:
         expectile, beta = 0.9, next((beta for start, beta in OGBENCH.items() if env_id.startswith(start)), 10.0)
     return dict(
         layers=4 if ogbench else 2,
-        width=512 if ogbench and not env_id.startswith(("cube", "scene", "puzzle")) else 256,
+        width=512 if ogbench and not env_id.startswith(tasks.MANIPULATION) else 256,
         layer_norm=ogbench,
         expectile=expectile,
         beta=beta,

@@ -125,7 +125,7 @@ def task_defaults(env_id: str) -> dict[str, Any]:
         beta=(0.3 if "maze" in env_id else 0.03 if "single" in env_id else 0.1)
         if ogbench
         else BETA.get(name.rpartition("-")[0], 0.05),
-        expectile=0.9 if domain == "antmaze" or env_id.startswith(("cube", "scene", "puzzle")) else 0.7,
+        expectile=0.9 if domain == "antmaze" or env_id.startswith(tasks.MANIPULATION) else 0.7,
         normalize_gradient=domain in ("antmaze", "ogbench"),
         policy_layers=4 if domain == "antmaze" else 2,
         diffusion_epochs=2000,

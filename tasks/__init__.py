@@ -13,9 +13,11 @@ import gymnasium as gym
 from common import Args, UserError, check
 from tasks import d4rl, mazes, minari, ogbench, own
 from tasks.mazes import POINTMAZES
+from tasks.ogbench import MANIPULATION
 from tasks.task import Task, check_and_scale, return_range, temporary_files_removed
 
 __all__ = [
+    "MANIPULATION",
     "POINTMAZES",
     "Task",
     "check_id",

@@ -22,6 +22,7 @@ ID = re.compile(
     r"((?!visual-)(?:antmaze|humanoidmaze|pointmaze|antsoccer|cube|scene|puzzle)(?:-(?!\w*oraclerep)\w+)*?)"
     r"-(navigate|stitch|explore|play|noisy)-singletask(-task[1-5])?-v0"
 )
+MANIPULATION = ("cube", "scene", "puzzle")  # beginnings of the ids of a robot arm's tasks
 # What tasks/make.py makes
 CAN_BE_MADE = re.compile(
     r"pointmaze-(medium|large|giant|teleport)-(navigate|stitch)-v0"
@@ -119,7 +120,7 @@ def load(env_id: str, sparse: bool = False) -> Task:
         make_env=functools.partial(make_env, gym_id, sparse),
         score=lambda returns: 100 * returns,
         score_name="success rate",
-        max_copies=16 if name.startswith(("cube", "scene", "puzzle")) else evaluation.MAX_COPIES,  # the arm takes 180 MB
+        max_copies=16 if name.startswith(MANIPULATION) else evaluation.MAX_COPIES,  # the arm takes 180 MB
         sparse_goal=False,  # its rewards are already -1 and 0, or minus the number of subgoals left
         origin=f"{file} (made at home, {', '.join(f'{key} {value}' for key, value in about.items())})" if about else str(file),
     )
