@@ -93,9 +93,9 @@ def task_defaults(env_id: str) -> dict[str, Any]:
         num_candidates=32 if ogbench else 64,
         critic_width=512 if ogbench and not env_id.startswith(tasks.MANIPULATION) else 256,
         batch_size=512,
-        epochs=1000 if ogbench else 3000,
+        epochs=3000,
         gamma=0.995 if ogbench and tasks.is_long(env_id) else 0.99,
-        eval_every=100 if ogbench else 50,
+        eval_every=250 if ogbench else 50,
         eval_episodes=50 if ogbench else 100 if domain in ("antmaze", "pen", "kitchen") else 10,
     )
 

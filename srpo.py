@@ -120,12 +120,12 @@ def task_defaults(env_id: str) -> dict[str, Any]:
         epochs = {"dtql/pointmaze-medium-v0": 8, "dtql/pointmaze-large-v0": 14}.get(env_id)
         return {} if epochs is None else dict(diffusion_epochs=6, critic_epochs=epochs, epochs=6, eval_every=2)
     ogbench, domain, name = tasks.is_ogbench(env_id), tasks.domain(env_id), tasks.d4rl_id(env_id) or ""
+    beta, manipulation = BETA.get(name.rpartition("-")[0], 0.05), env_id.startswith(tasks.MANIPULATION)
+    if ogbench:  # those of FQL's authors
+        beta = 0.03 if env_id.startswith("cube-single") else 0.1 if manipulation else 0.3
     return dict(
-        # On OGBench those of FQL's authors
-        beta=(0.3 if "maze" in env_id else 0.03 if "single" in env_id else 0.1)
-        if ogbench
-        else BETA.get(name.rpartition("-")[0], 0.05),
-        expectile=0.9 if domain == "antmaze" or env_id.startswith(tasks.MANIPULATION) else 0.7,
+        beta=beta,
+        expectile=0.9 if domain == "antmaze" or manipulation else 0.7,
         normalize_gradient=domain in ("antmaze", "ogbench"),
         policy_layers=4 if domain == "antmaze" else 2,
         diffusion_epochs=2000,

@@ -7,7 +7,6 @@ from types import SimpleNamespace
 import gymnasium as gym
 import numpy as np
 import pytest
-import torch
 from helpers import load_task, make_args
 from ogbench.relabel_utils import relabel_dataset
 
@@ -15,7 +14,9 @@ import common
 import dtql_continuous as dtql
 import evaluation
 import fql
+import idql
 import iql
+import srpo
 import tasks.make
 from common import UserError
 from tasks import ogbench
@@ -196,7 +197,32 @@ def test_settings():
     assert flags(dtql, IDS[0]).batch_size == 256 and flags(dtql, IDS[0]).gamma == 0.99
     cube, maze = (flags(iql, env_id) for env_id in ("cube-single-play-singletask-v0", IDS[0]))
     assert [(args.layers, args.width, args.layer_norm) for args in (cube, maze)] == [(4, 256, True), (4, 512, True)]
-    assert torch.tensor(flags(fql, "antmaze-large-diverse-v2").alpha) == 3 and flags(fql, "pen-human-v1").alpha == 10_000
+
+
+# FQL's paper, Table 6 and Appendix E.2: IQL's beta, IDQL's candidates, SRPO's beta, FQL's alpha; the discount
+STATED = {
+    "antmaze-large-navigate": (10, 32, 0.3, 10, 0.99),
+    "antmaze-giant-navigate": (10, 32, 0.3, 10, 0.995),
+    "humanoidmaze-medium-navigate": (10, 32, 0.3, 30, 0.995),
+    "humanoidmaze-large-navigate": (10, 32, 0.3, 30, 0.995),
+    "cube-single-play": (1, 32, 0.03, 300, 0.99),
+    "cube-double-play": (0.3, 32, 0.1, 300, 0.99),
+    "scene-play": (10, 32, 0.1, 300, 0.99),
+    "puzzle-3x3-play": (10, 32, 0.1, 1000, 0.99),
+    "puzzle-4x4-play": (3, 32, 0.1, 1000, 0.99),
+}
+
+
+@pytest.mark.parametrize("name", STATED)
+@pytest.mark.parametrize("number", ["", "-task3"])
+def test_the_siblings_settings_are_those_that_are_stated(name, number):
+    each = {module: module.task_defaults(f"{name}-singletask{number}-v0") for module in (iql, idql, srpo, fql)}
+    gammas = {settings["gamma"] for settings in each.values()}
+    found = each[iql]["beta"], each[idql]["num_candidates"], each[srpo]["beta"], each[fql]["alpha"], *gammas
+    assert found == STATED[name]
+    expectile = 0.9 if name.startswith(tasks.MANIPULATION) else 0.7
+    assert each[iql]["expectile"] == 0.9 and each[idql]["expectile"] == each[srpo]["expectile"] == expectile
+    assert (each[idql]["epochs"], each[idql]["eval_every"], each[fql]["epochs"]) == (3000, 250, 1000)
 
 
 # ---- data made at home -------------------------------------------------------------------------------------------------
