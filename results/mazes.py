@@ -1,6 +1,7 @@
 """Draw paths through a maze: python results/mazes.py OUT.png LABEL=RUN_DIR [LABEL=RUN_DIR ...]
 
-The first panel shows 100 of the data's episodes, the others four episodes of each of a run's models, from the start to the goal.
+The first panel shows 100 of the data's episodes, the others four episodes of each of a run's models, from the start to the goal;
+a run with several settings has a panel for each.
 """
 
 import sys
@@ -25,16 +26,19 @@ def main() -> None:
     drawn = np.random.default_rng(0).permutation(len(ends))[:100]
     panels = {"data": [episode[:, :2] for i, episode in enumerate(np.split(task.obs, ends)) if i in drawn]}
     for label, folder, config in runs:
-        paths, reached = [], 0
-        for index in range(config["args"]["num_seeds"]):
-            act = import_method(config["exp_name"]).load_policy(f"{folder}/checkpoint.pt", index)
-            walked = watch.walk(env, act, 4)
-            paths, reached = paths + walked[0], reached + walked[1]
-        panels[f"{label}: {reached} of {len(paths)} reach the goal"] = paths
+        method = import_method(config["exp_name"])
+        settings = method.Args(**common.saved_settings(method.Args, config["args"], folder)).labels
+        for setting in dict.fromkeys(settings):
+            paths, reached = [], 0
+            for index in [i for i, one in enumerate(settings) if one == setting]:
+                walked = watch.walk(env, method.load_policy(f"{folder}/checkpoint.pt", index), 4)
+                paths, reached = paths + walked[0], reached + walked[1]
+            panels[f"{f'{label} {setting}'.strip()}: {reached} of {len(paths)} reach the goal"] = paths
     start = panels[list(panels)[1]][0][:1]  # of the policies, not of the data
-    figure = Figure(figsize=(4.2 * len(panels), 3.6), layout="constrained")
-    for axes, (title, paths) in zip(figure.subplots(1, len(panels)), panels.items()):
-        watch.draw_maze(axes, env, [start, *paths], title)
+    rows, columns = -(-len(panels) // 6), min(len(panels), 6)
+    figure = Figure(figsize=(4.2 * columns, 3.6 * rows), layout="constrained")
+    for i, (title, paths) in enumerate(panels.items(), 1):
+        watch.draw_maze(figure.add_subplot(rows, columns, i), env, [start, *paths], title)
     figure.suptitle(f"{env_id}: from the dot to the star")
     figure.savefig(out, dpi=110)
 

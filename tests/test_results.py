@@ -136,6 +136,38 @@ def evaluations(*run_dirs):
     return found
 
 
+def test_a_search_is_a_row_per_model(hopper, tmp_path):
+    run_dir = dtql.main(make_args(tmp_path, alpha=(1.0, 5.0), expectile=(0.7, 0.9), epochs=2, eval_every=1))["run_dir"]
+    run("search.py", tmp_path / "out", run_dir)
+    rows, evaluations = read(tmp_path / "out.csv"), read(f"{run_dir}/eval.csv")
+    assert [(row["alpha"], row["expectile"]) for row in rows] == [("1.0", "0.7"), ("1.0", "0.9"), ("5.0", "0.7"), ("5.0", "0.9")]
+    for row in rows:
+        setting = f"alpha={float(row['alpha']):g} expectile={row['expectile']}"
+        own = [float(each["score_mean"]) for each in evaluations if each["setting"] == setting]
+        assert np.allclose(list(map(float, row["scores"].split())), own, rtol=1e-4) and len(own) == 2
+        assert np.isclose(float(row["mean"]), np.mean(own))
+    assert (tmp_path / "out.png").stat().st_size > 5000
+
+
+def test_the_tables_of_the_search_are_those_of_the_runs(tmp_path):
+    run("search.py", tmp_path / "out", *sorted((RESULTS / "ogbench" / "search").glob("*/")))
+    rows = read(tmp_path / "out.csv")
+    assert rows == read(RESULTS / "ogbench" / "search.csv")
+    cube = {
+        (f"{float(row['alpha']):g}", row["expectile"], row["nll"]): row["scores"]
+        for row in rows
+        if row["method"] == "DTQL" and row["task"].startswith("cube") and row["updates"] == "40000"
+    }
+    page = table((RESULTS / "README.md").read_text(), "## OGBench: a search")
+    columns = {"expectile 0.7": ("0.7", "False"), "expectile 0.9": ("0.9", "False"), "expectile 0.9, with NLL": ("0.9", "True")}
+    found = {(alpha, *columns[name]): cells[name] for alpha, cells in page.items() for name in columns if cells[name] != "-"}
+    assert found == cube
+    maze = [float(score) for row in rows if row["task"].startswith("pointmaze") for score in row["scores"].split()]
+    assert (len(maze), sorted(maze)[-2:]) == (35, [0, 20])
+    kl = [float(score) for row in rows if row["method"] == "KL" for score in row["scores"].split()]
+    assert len(kl) == 10 and max(kl) == 5
+
+
 def test_the_table_of_cube_single_is_that_of_the_runs():
     folders = {"DTQL": "dtql_continuous", "DTQL in chunks of 5": "dtql_chunk", "FAN": "fan", "FQL": "fql"}
     rows = {name: cells for name, *cells in numbers_below("## OGBench data made at home")}
