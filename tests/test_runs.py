@@ -74,7 +74,8 @@ def test_a_run_leaves_a_whole_folder(hopper, tmp_path):
     assert config["device"].endswith(f", {torch.get_num_threads()} thread(s)")
     started = datetime.datetime.fromisoformat(config["started"])
     assert datetime.timedelta() <= datetime.datetime.now(datetime.UTC) - started < datetime.timedelta(minutes=5)
-    assert config["data"]["origin"] == str(hopper) and config["versions"]["torch"] == torch.__version__
+    assert config["data"]["origin"] == str(hopper)
+    assert torch.__version__.startswith(config["versions"]["torch"])  # PyPI's build for CUDA adds +cu130 to the former
     rows = rows_of(run_dir)
     assert tuple(rows[0]) == run_folder.EVAL_FIELDS
     episodes = rows_of(run_dir, "episodes.csv")
