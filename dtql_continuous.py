@@ -116,7 +116,7 @@ def task_defaults(env_id: str) -> dict[str, Any]:
         return dict(pretrain_epochs=2, epochs=epochs, eval_every=epochs // 3, batch_size=64, num_candidates=64, lr_decay=True)
     name = tasks.d4rl_id(env_id) or ""  # Minari's data of the same task uses the same row
     ogbench = tasks.is_ogbench(env_id)
-    others = OTHERS if not ogbench else AS_ANTMAZE if "maze" in env_id or "soccer" in env_id else MANIPULATION
+    others = OTHERS if not ogbench else MANIPULATION if env_id.startswith(tasks.MANIPULATION) else AS_ANTMAZE
     alpha, expectile, nll, epochs, learning_rate, lr_decay = TABLE_4.get(name, others)
     return dict(
         alpha=float(alpha),
