@@ -29,11 +29,11 @@ def main() -> None:
         method = import_method(config["exp_name"])
         settings = method.Args(**common.saved_settings(method.Args, config["args"], folder)).labels
         for setting in dict.fromkeys(settings):
-            paths, reached = [], 0
+            name, paths, reached = f"{label} {setting}".strip(), [], 0
             for index in [i for i, one in enumerate(settings) if one == setting]:
                 walked = watch.walk(env, method.load_policy(f"{folder}/checkpoint.pt", index), 4)
                 paths, reached = paths + walked[0], reached + walked[1]
-            panels[f"{f'{label} {setting}'.strip()}: {reached} of {len(paths)} reach the goal"] = paths
+            panels[f"{name}: {reached} of {len(paths)} reach the goal"] = paths
     start = panels[list(panels)[1]][0][:1]  # of the policies, not of the data
     rows, columns = -(-len(panels) // 6), min(len(panels), 6)
     figure = Figure(figsize=(4.2 * columns, 3.6 * rows), layout="constrained")

@@ -6,7 +6,6 @@ task: the mean of the last two evaluations by alpha; the bar is its standard err
 
 import argparse
 import csv
-import json
 import sys
 from pathlib import Path
 
@@ -20,7 +19,7 @@ import common  # noqa: E402
 
 def read(run_dir: str) -> list[dict[str, float | str]]:
     """A row for each model of a run: its settings, each evaluation's score, the last two's mean and its error."""
-    config = json.loads((Path(run_dir) / "config.json").read_text())
+    config = common.read_config(run_dir)
     args, models = config["args"], {}
     with open(Path(run_dir) / "eval.csv") as file:
         for row in csv.DictReader(file):
@@ -65,4 +64,4 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("out", metavar="OUT")
     parser.add_argument("runs", nargs="+", metavar="RUN_DIR")
-    main(parser.parse_args())
+    common.run(main, parser.parse_args)
