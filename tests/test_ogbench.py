@@ -197,6 +197,7 @@ def test_settings():
     assert flags(dtql, IDS[0]).batch_size == 256 and flags(dtql, IDS[0]).gamma == 0.99
     cube, maze = (flags(iql, env_id) for env_id in ("cube-single-play-singletask-v0", IDS[0]))
     assert [(args.layers, args.width, args.layer_norm) for args in (cube, maze)] == [(4, 256, True), (4, 512, True)]
+    assert flags(fql, "antmaze-large-diverse-v2").alpha == 3 and flags(fql, "pen-human-v1").alpha == 10_000
 
 
 # FQL's paper, Table 6 and Appendix E.2: IQL's beta, IDQL's candidates, SRPO's beta, FQL's alpha; the discount

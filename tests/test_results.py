@@ -181,6 +181,13 @@ def test_the_table_of_cube_single_is_that_of_the_runs():
         ]
 
 
+def test_the_first_scores_on_cube_single_are_those_of_the_run():
+    text = (RESULTS / "README.md").read_text()
+    for row in read(RESULTS / "ogbench" / "dtql_cube-single-play_task2.csv"):
+        error = float(row["score_std"]) / int(row["episodes"]) ** 0.5
+        assert f"{float(row['score_mean']):.0f} ± {error:.0f} after 10,000 + {row['epoch']},000" in text
+
+
 def test_the_table_of_the_online_runs_is_that_of_the_runs():
     folders = {"the default": "default", "`--critic td`": "td", "`--freeze-denoiser`": "freeze", "`--offline-ratio 0.5`": "ratio",
                "online only": "only"}  # fmt: skip
