@@ -92,6 +92,8 @@ def _download(url: str, part: Path) -> None:
 def _download_from_hub(source: str, part: Path) -> None:
     """Downloads from the Hugging Face hub are resumed by its own library."""
     import huggingface_hub
+    from huggingface_hub.utils import logging
 
+    logging.set_verbosity_error()  # its warnings would hide our one line
     repo, path = source.split()
     Path(huggingface_hub.hf_hub_download(repo, path, repo_type="dataset", local_dir=part.parent)).replace(part)
