@@ -285,16 +285,8 @@ def find_device(name: str) -> torch.device:
         there = torch.cuda.is_available() and (device.index or 0) < torch.cuda.device_count()
     else:
         there = device.type == "cpu" or torch.backends.mps.is_available()
-    check(there, f"--device {name}: PyTorch finds no such GPU here{driver_note()}; use --device cpu")
+    check(there, f"--device {name}: PyTorch {torch.__version__} finds no such GPU here; use --device cpu")
     return device
-
-
-def driver_note() -> str:
-    """A warning where there is an NVIDIA driver that this PyTorch cannot use."""
-    if not Path("/proc/driver/nvidia/version").exists():
-        return ""
-    needs = f"one for CUDA {torch.version.cuda}" if torch.version.cuda else "none: it is built for CPUs"
-    return f", though an NVIDIA driver is installed; PyTorch {torch.__version__} needs {needs}"
 
 
 def device_name(device: torch.device) -> str:

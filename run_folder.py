@@ -89,7 +89,7 @@ class Run:
                 shutil.rmtree(self.dir, ignore_errors=True)
                 raise
         if args.device == "auto" and self.device.type == "cpu":
-            print(f"no usable GPU found{common.driver_note()}: training on the CPU", file=sys.stderr)
+            print(f"PyTorch {torch.__version__} finds no GPU: training on the CPU", file=sys.stderr)
         if self.device.type == "mps":
             print("note: MPS has no CUDA graphs: going on without them", file=sys.stderr)
         print(f"{self.dir}: {args.num_models} model(s), {len(task.obs):,} transitions from {task.origin}, on {self.device}")

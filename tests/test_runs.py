@@ -837,10 +837,3 @@ def test_impossible_numbers_are_refused_at_once(tmp_path, monkeypatch, script, f
     monkeypatch.chdir(tmp_path)
     assert_one_line(run_inside(*flags, script=script), flags[0])
     assert list(tmp_path.iterdir()) == []
-
-
-def test_a_driver_that_pytorch_cannot_use_is_named(monkeypatch):
-    monkeypatch.setattr(Path, "exists", lambda _: True)
-    assert "an NVIDIA driver is installed; PyTorch" in common.driver_note()
-    monkeypatch.setattr(Path, "exists", lambda _: False)
-    assert common.driver_note() == ""
