@@ -45,7 +45,7 @@ class Args(common.Args):
     width: int = 256
     """units of each of them"""
     normalize: bool = True
-    """standardise observations; DTQL does not"""
+    """standardise observations by the data's mean and standard deviation"""
     learning_rate: float = 3e-4
     """of the policy"""
     sampling_steps: int = 18
@@ -198,8 +198,6 @@ class BC(nn.Module):
 
         (self.actor,) = stacked.stack_seeds(make_model, args.model_seeds).to(device).values()
         self.actor_optimizer = torch.optim.Adam(self.actor.parameters(), args.learning_rate, fused=True)
-        self.register_buffer("obs_mean", torch.zeros(obs_dim, device=device))
-        self.register_buffer("obs_std", torch.ones(obs_dim, device=device))
 
         self.step_actor = stacked.make_step(self.actor_loss, self.actor_optimizer, args.compile)
         self.act = BestOf(self.sample, action_dim, compile=args.compile)
@@ -231,8 +229,8 @@ class BC(nn.Module):
         return self.step_actor(batch, sigma, noise)
 
     def sample(self, obs: Tensor, z: Tensor) -> Tensor:
-        """Actions (K, n, 1, A) in raw observations (K, n, S): the deterministic one, or a sample from noise z (K, n, 1, A)."""
-        obs, z = (obs - self.obs_mean) / self.obs_std, z.squeeze(2)
+        """Actions (K, n, 1, A) in states (K, n, S): the deterministic one, or a sample from noise z (K, n, 1, A)."""
+        z = z.squeeze(2)
         if self.args.policy == "deterministic":
             actions = self.actor(obs)
         elif self.args.policy == "gaussian":
@@ -265,12 +263,8 @@ def main(args: Args) -> dict[str, Any]:
     task = tasks.load_task(args)
     envs = evaluation.make_envs(task, args)
     common.set_up_torch(args, device)
-    mean, std = (task.obs.mean(0), task.obs.std(0) + 1e-3) if args.normalize else (0.0, 1.0)
-    obs, next_obs = (task.obs - mean) / std, (task.next_obs - mean) / std
-    data = Transitions(obs, task.actions, task.rewards, task.terminals, next_obs, device)
+    data = Transitions(task.obs, task.actions, task.rewards, task.terminals, task.next_obs, device)
     agent = BC(args, task.obs.shape[1], task.actions.shape[1], device, data)
-    agent.obs_mean += torch.as_tensor(mean, device=device)  # part of the checkpoint, for a policy that is deployed
-    agent.obs_std *= torch.as_tensor(std, device=device)
     fastest = functools.cache(
         lambda: stacked.fastest(agent.update, agent, args.compile, args.cudagraphs and device.type == "cuda")
     )

@@ -93,6 +93,8 @@ class Args:
     """log to Weights & Biases too, if it is installed (WANDB_PROJECT, WANDB_MODE and so on are its own)"""
     run_dir: str = "runs"
     """folder in which the run's own folder is created"""
+    normalize: bool = False
+    """standardise observations by the data's mean and standard deviation; for those far from that, as coordinates in a maze"""
     batch_size: int = 256
     """minibatch size"""
     epochs: int = 2
@@ -425,6 +427,9 @@ def load_policy(
     args = dataclasses.replace(args.of_model(index), compile=False, track=False, **changes)
     args.check()
     low, high = (saved[name].cpu().numpy() for name in ("action_low", "action_high"))
+    # BC's checkpoints of before --normalize was every method's have these in the agent
+    mean, std = (torch.as_tensor(saved.get(name, saved["agent"].get(name, default))).cpu().numpy()
+                 for name, default in (("obs_mean", 0.0), ("obs_std", 1.0)))  # fmt: skip
     agent = make_agent(args, saved["obs_dim"], len(low), place)
     params = dict(agent.named_parameters())
     with torch.no_grad():
@@ -443,12 +448,13 @@ def load_policy(
         check(bool(np.isfinite(obs).all()), "observations must be finite, but some are NaN or infinite")
         if plan and plan[0].shape[:-1] == obs.shape[:-1]:
             return plan.pop(0)
-        actions = agent.act(torch.as_tensor(np.atleast_2d(obs)[None], device=device), generator)[0].cpu().numpy()
+        scaled = torch.as_tensor((np.atleast_2d(obs)[None] - mean) / std, device=device)
+        actions = agent.act(scaled, generator)[0].cpu().numpy()
         check(bool(np.isfinite(actions).all()), "the policy gives NaN for these observations: are they on the scale of the data?")
         plan[:] = evaluation.to_env_units(np.moveaxis(actions.reshape(*obs.shape[:-1], -1, len(low)), -2, 0), low, high)
         return plan.pop(0)
 
     act.reset = plan.clear  # an episode begins
-    act.agent, act.obs_dim, act.low, act.high = agent, saved["obs_dim"], low, high
+    act.agent, act.obs_dim, act.low, act.high, act.obs_mean, act.obs_std = agent, saved["obs_dim"], low, high, mean, std
     act.about = {"seed": args.seed, **{name: args.values(name)[0] for name in args.sweep}}
     return act

@@ -97,7 +97,7 @@ class Collector:
         self.everyone, self.generator = np.arange(len(self.steps)), stacked.default_generator(self.replay.size.device)
         instances = np.random.SeedSequence([agent.args.seed, 1]).generate_state(len(self.steps))
         self.envs = evaluation.LockstepEnvs(task.make_env, instances)
-        self.obs = self.envs.reset(self.everyone, self.seeds(self.everyone))
+        self.obs = task.normalized(self.envs.reset(self.everyone, self.seeds(self.everyone)))
         if self.size:
             self.restore(run_dir)
 
@@ -115,6 +115,7 @@ class Collector:
         obs = torch.as_tensor(self.obs, device=device)
         actions = self.agent.explore(obs[:, None], self.generator)[:, 0]
         next_obs, _, done, terminated, rewards = self.envs.step(self.everyone, self.to_env(actions))
+        next_obs = self.task.normalized(next_obs)
         outcome = np.column_stack([self.transform(rewards), terminated, next_obs]).astype(np.float32)
         self.replay.rows[:, self.size] = torch.cat([obs, actions, torch.as_tensor(outcome, device=device)], 1)
         self.size += 1
@@ -123,7 +124,7 @@ class Collector:
         self.steps[done], self.obs = 0, next_obs
         self.replay.episode_steps.copy_(torch.as_tensor(self.steps))
         if done.any():
-            self.obs[done] = self.envs.reset(self.everyone[done], self.seeds(self.everyone[done]))
+            self.obs[done] = self.task.normalized(self.envs.reset(self.everyone[done], self.seeds(self.everyone[done])))
 
     def save(self, run_dir: Path) -> None:
         """Append the new rows to online.f32 beside the checkpoint, which says how many of them count."""
@@ -146,7 +147,7 @@ class Collector:
         for ago in range(int(self.steps.max()), 0, -1):
             running = self.everyone[self.steps >= ago]
             actions = rows[running, self.size - ago, start : start + len(self.task.action_low)]
-            self.obs[running] = self.envs.step(running, self.to_env(actions))[0]
+            self.obs[running] = self.task.normalized(self.envs.step(running, self.to_env(actions))[0])
 
 
 def load_offline(agent: Any, run_dir: str) -> None:
@@ -155,6 +156,8 @@ def load_offline(agent: Any, run_dir: str) -> None:
     check(saved["exp_name"] == "dtql_continuous", f"--from {run_dir} is not a run of dtql_continuous.py: give one that is")
     same, task = saved["args"]["env_id"] == agent.args.env_id, saved["args"]["env_id"]
     check(same, f"--from {run_dir} was trained on {task}, not {agent.args.env_id}: give a run on this task")
+    same = saved["args"].get("normalize", False) == agent.args.normalize
+    check(same, f"--from {run_dir}: its --normalize differs from this run's: give the same")
     try:
         own = {name: value for name, value in stacked.state_of(agent).items() if name.startswith("replay.")}
         stacked.load_state(agent, own | saved["agent"])

@@ -44,7 +44,7 @@ def evaluate(
 
     def act_in_env(obs: np.ndarray) -> np.ndarray:
         check_stop()
-        actions = act(torch.as_tensor(obs, device=device), generator).cpu().numpy()
+        actions = act(torch.as_tensor(task.normalized(obs), device=device), generator).cpu().numpy()
         return evaluation.to_env_units(actions.reshape(*obs.shape[:2], chunk, -1), task.action_low, task.action_high)
 
     seeds = evaluation.episode_seeds(args.model_seeds, epoch, args.eval_episodes)
@@ -347,6 +347,8 @@ class Run:
             "obs_dim": self.task.obs.shape[1],
             "action_low": torch.as_tensor(self.task.action_low),
             "action_high": torch.as_tensor(self.task.action_high),
+            "obs_mean": torch.as_tensor(self.task.obs_mean),
+            "obs_std": torch.as_tensor(self.task.obs_std),
             "agent": state,
             "device": self.device.type,
             "random_state": stacked.default_generator(self.device).get_state(),

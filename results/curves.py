@@ -1,6 +1,6 @@
 """Draw learning curves: python results/curves.py OUT.png LABEL=RUN_DIR [LABEL=RUN_DIR ...]
 
-The line is the mean score over a run's models, the band the standard error over all their episodes.
+The line is the mean score over the models of all runs with that label, the band the standard error over their episodes.
 """
 
 import csv
@@ -17,12 +17,14 @@ from runs import labelled_runs  # noqa: E402
 def main() -> None:
     out, runs = labelled_runs(__doc__)
     figure, axes = plt.subplots(figsize=(7, 3.6), constrained_layout=True)
+    pooled: dict[str, list[dict[str, float]]] = {}
     for label, run_dir, config in runs:
         with open(Path(run_dir) / "eval.csv") as file:
-            rows = [
+            pooled.setdefault(label, []).extend(
                 {name: float(value) for name, value in row.items() if name not in ("phase", "setting")}
                 for row in csv.DictReader(file)
-            ]
+            )
+    for label, rows in pooled.items():
         epochs = sorted({row["epoch"] for row in rows})
         groups = [[row for row in rows if row["epoch"] == epoch] for epoch in epochs]
         mean = np.array([np.mean([row["score_mean"] for row in group]) for group in groups])

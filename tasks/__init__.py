@@ -9,6 +9,7 @@ from pathlib import Path
 from types import ModuleType
 
 import gymnasium as gym
+import numpy as np
 
 from common import Args, UserError, check
 from tasks import d4rl, mazes, minari, ogbench, own
@@ -51,7 +52,11 @@ def load_task(args: Args) -> Task:
     if args.max_episode_steps is not None and task.make_env is not None:
         task = task._replace(make_env=functools.partial(_limited, task.make_env, args.max_episode_steps))
     with temporary_files_removed():
-        return check_and_scale(task)
+        task = check_and_scale(task)
+    if args.normalize:  # 1e-3 as in TD3+BC, for a dimension that never changes
+        task = task._replace(obs_mean=task.obs.mean(0), obs_std=task.obs.std(0) + np.float32(1e-3))
+        task = task._replace(obs=task.normalized(task.obs), next_obs=task.normalized(task.next_obs))
+    return task
 
 
 def make_env(args: Args) -> gym.Env | None:

@@ -40,7 +40,13 @@ class Task(NamedTuple):
     origin: str  # where the data came from
     action_low: np.ndarray | None = None  # (A,) bounds, of the environment if there is one
     action_high: np.ndarray | None = None
+    obs_mean: np.ndarray | float = 0.0  # (S,) subtracted from observations, and what they are then divided by (--normalize)
+    obs_std: np.ndarray | float = 1.0
     max_copies: int = evaluation.MAX_COPIES  # of the environment at a time, fewer where they need much memory
+
+    def normalized(self, obs: np.ndarray) -> np.ndarray:
+        """Observations of the environment (..., S) on the scale of `obs`."""
+        return (obs - self.obs_mean) / self.obs_std
 
     @property
     def ends(self) -> np.ndarray:

@@ -168,17 +168,19 @@ def test_the_tables_of_the_search_are_those_of_the_runs(tmp_path):
     assert len(kl) == 10 and max(kl) == 5
 
 
-def test_the_table_of_cube_single_is_that_of_the_runs():
-    folders = {"DTQL": "dtql_continuous", "DTQL in chunks of 5": "dtql_chunk", "FAN": "fan", "FQL": "fql"}
+def test_the_tables_of_cube_single_are_those_of_the_runs():
+    folders = {"DTQL": ["dtql_continuous", "dtql_continuous_seed_1"], "DTQL with NLL": ["dtql_continuous_nll"],
+               "DTQL in chunks of 5": ["dtql_chunk"]} | {name: [name.lower()] for name in ("IQL", "IDQL", "BC", "FAN", "FQL")}  # fmt: skip
     rows = {name: cells for name, *cells in numbers_below("## OGBench data made at home")}
-    assert rows.keys() == folders.keys()
-    for name, folder in folders.items():
-        found, last = evaluations(RESULTS / "ogbench" / folder), read(RESULTS / "ogbench" / folder / "eval.csv")[-1]
-        assert rows[name] == [
-            *(f"{mean:.0f} ± {error:.0f}" for mean, error, _ in found),
-            f"{np.mean([mean for mean, *_ in found[-3:]]):.0f}",
-            f"{float(last['train_seconds']) / 60:.0f}",
-        ]
+    first_page = table((ROOT / "README.md").read_text(), "**cube-single, task 2**")
+    assert rows.keys() == first_page.keys() == folders.keys()
+    for name, runs in folders.items():
+        runs = [RESULTS / "ogbench" / run for run in runs]
+        found, minutes = evaluations(*runs), [float(read(run / "eval.csv")[-1]["train_seconds"]) / 60 for run in runs]
+        scores, seeds = [f"{mean:.0f} ± {error:.0f}" for mean, error, _ in found], str(len(found[0][2]))
+        last_three = f"{np.mean([mean for mean, *_ in found[-3:]]):.0f}"
+        assert rows[name] == [seeds, *scores, last_three, ", ".join(f"{each:.0f}" for each in minutes)]
+        assert list(first_page[name].values())[:3] == [seeds, scores[-1], last_three]
 
 
 def test_the_first_scores_on_cube_single_are_those_of_the_run():

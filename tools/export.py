@@ -52,13 +52,14 @@ class Args:
 class Policy(nn.Module):
     """One model's policy as a function of observations and, where candidates are compared, noise."""
 
-    def __init__(self, agent: Any, low: np.ndarray, high: np.ndarray, num_candidates: int):
+    def __init__(self, act: Any, num_candidates: int):
         super().__init__()
-        self.agent, self.num_candidates, self.noise_dim = agent, num_candidates, agent.act.noise_dim
-        self.register_buffer("low", torch.as_tensor(np.asarray(low, np.float32)))
-        self.register_buffer("high", torch.as_tensor(np.asarray(high, np.float32)))
+        self.agent, self.num_candidates, self.noise_dim = act.agent, num_candidates, act.agent.act.noise_dim
+        for name in ("low", "high", "obs_mean", "obs_std"):
+            self.register_buffer(name, torch.as_tensor(np.asarray(getattr(act, name), np.float32)))
 
     def forward(self, obs: Tensor, noise: Tensor | None = None) -> Tensor:
+        obs = (obs - self.obs_mean) / self.obs_std
         if noise is None:
             noise = torch.zeros_like(obs[:, :1, None]).expand(-1, 1, self.noise_dim)
         actions = self.agent.sample(obs[None], noise[None]).clamp(-1, 1)[0]  # (B, N, A)
@@ -84,7 +85,7 @@ def main(args: Args) -> float:
     if args.format == "policy":
         return write_policy(act, config, Path(args.out or Path(args.run_dir) / "policy"))
     chooses = act.agent.act.critic is not None
-    policy = Policy(act.agent, act.low, act.high, args.num_candidates if chooses else 1).eval().requires_grad_(False)
+    policy = Policy(act, args.num_candidates if chooses else 1).eval().requires_grad_(False)
     out = Path(args.out or Path(args.run_dir) / f"policy.{'onnx' if args.format == 'onnx' else 'pt2'}")
     common.check_writable(out, "--out")
     about = {
@@ -117,6 +118,7 @@ def write_policy(act: Any, config: dict[str, Any], folder: Path) -> float:
         "format": common.FORMAT, "exp_name": config["exp_name"], "args": settings, "obs_dim": act.obs_dim, "left_out": left_out,
         "agent": {name: value for name, value in agent.state_dict().items() if name.split(".")[0] not in left_out},
         "action_low": torch.as_tensor(act.low), "action_high": torch.as_tensor(act.high),
+        "obs_mean": torch.as_tensor(act.obs_mean), "obs_std": torch.as_tensor(act.obs_std),
     }  # fmt: skip
     content = io.BytesIO()
     torch.save(saved, content)
@@ -130,6 +132,7 @@ def write_policy(act: Any, config: dict[str, Any], folder: Path) -> float:
 def reference(act: Any, policy: Policy, obs: Tensor, noise: Tensor | None = None) -> np.ndarray:
     """What `load_policy` answers with this noise and the best of the candidates, by its own code."""
     choose, z = act.agent.act, torch.zeros(len(obs), 1, policy.noise_dim) if noise is None else noise
+    obs = (obs - act.obs_mean) / act.obs_std
     with torch.no_grad():
         if policy.num_candidates > 1:
             actions = choose.choose(obs[None], z[None], torch.zeros(1, *z.shape[:2]))[0]
