@@ -133,6 +133,7 @@ def task_defaults(env_id: str) -> dict[str, Any]:
         learning_rate=learning_rate,
         lr_decay=lr_decay,
         pretrain_epochs=50,
+        normalize=others is AS_ANTMAZE,
         num_candidates=64 if others is MANIPULATION else 1024,
         batch_size=2048 if name.startswith("antmaze") else 256,
         gamma=0.995 if ogbench and tasks.is_long(env_id) else 0.99,

@@ -54,7 +54,7 @@ def test_every_method_is_exported(run_dir, module):
         assert export.main(export.Args(folder, mode="best", num_candidates=5, format="torch")) < 1e-5
 
 
-@pytest.mark.parametrize("settings", [{"policy": "implicit", "nll": False}, {}], ids=str)
+@pytest.mark.parametrize("settings", [{"policy": "implicit", "nll": False}, {"normalize": True}], ids=str)
 def test_onnx_runs_without_torch(run_dir, settings):
     """The best of five candidates, with any number of observations; metadata say what it is."""
     onnxruntime = pytest.importorskip("onnxruntime")

@@ -325,14 +325,6 @@ def test_bcs_losses():
         torch.testing.assert_close(loss[0], expected)
 
 
-def test_bc_acts_on_standardised_observations():
-    agent = make_agent(module=bc)
-    agent.obs_mean += 2.0
-    agent.obs_std *= 3.0
-    raw = torch.randn(1, 5, 3)
-    torch.testing.assert_close(agent.act(raw, torch.Generator()), agent.actor((raw - 2) / 3).detach())
-
-
 @pytest.mark.parametrize(("mean", "std"), [(0.0, 0.5), (0.3, 0.1), (-0.6, 0.02)])
 def test_sampler_reaches_the_mean_and_variance_of_gaussian_data(mean, std):
     """With the exact denoiser of N(mean, std^2) the ODE's solution is affine in the noise."""

@@ -1,6 +1,7 @@
 """What every method promises, from the list of scripts in the folder: isolation, seeds, state, capture, acting, resuming."""
 
 import copy
+import dataclasses
 import re
 from pathlib import Path
 
@@ -189,14 +190,15 @@ def test_a_killed_run_resumes_bit_identically(hopper, tmp_path, monkeypatch, mod
 @EACH
 @pytest.mark.slow
 def test_a_run_is_deployed_as_it_was_trained(hopper, tmp_path, module):
-    """load_policy of model 1 acts on raw observations as the agent of the run does, in the environment's units."""
-    args = make_args(tmp_path, module, num_seeds=2, epochs=1)
+    """load_policy of model 1 acts on raw observations as the agent of the run on normalised ones, in the environment's units."""
+    args = make_args(tmp_path, module, num_seeds=2, epochs=1, normalize=True)
     run_dir = Path(module.main(args)["run_dir"])
     act = module.load_policy(str(run_dir / "checkpoint.pt"), index=1)
     assert act.about["seed"] == 1
-    task = tasks.load_task(args)
-    actions = act(task.obs[:7])
-    assert actions.shape == (7, 3) and act(task.obs[0]).shape == (3,) and np.abs(actions).max() <= 1
+    task, raw = tasks.load_task(args), tasks.load_task(dataclasses.replace(args, normalize=False))
+    np.testing.assert_allclose(task.obs, (raw.obs - raw.obs.mean(0)) / (raw.obs.std(0) + 1e-3), rtol=1e-4, atol=1e-4)
+    actions = act(raw.obs[:7])
+    assert actions.shape == (7, 3) and act(raw.obs[0]).shape == (3,) and np.abs(actions).max() <= 1
     agent = make_agent(num_seeds=2, obs_dim=11, action_dim=3, module=module)
     stacked.load_state(agent, common.open_checkpoint(run_dir / "checkpoint.pt")["agent"])
     if agent.act.num_candidates == 1 and module.__name__ in ("bc", "iql", "srpo"):  # no noise in the action

@@ -70,9 +70,14 @@ def collector(tmp_path, line, steps=30, **settings):
     return agent, online
 
 
-def test_rows_are_what_happened_and_only_an_end_is_terminal(tmp_path, line):
-    agent, online = collector(tmp_path, line)
+@pytest.mark.parametrize("normalize", [False, True])
+def test_rows_are_what_happened_and_only_an_end_is_terminal(tmp_path, line, normalize):
+    agent, online = collector(tmp_path, line, normalize=normalize)
     batch = agent.data.columns(agent.replay.rows[:, : online.size])
+    assert normalize == bool(np.any(online.task.obs_mean != 0))
+    mean, std = torch.as_tensor(online.task.obs_mean), torch.as_tensor(online.task.obs_std)
+    raw = lambda obs: (obs * std + mean).round(decimals=5)
+    batch = batch._replace(obs=raw(batch.obs), next_obs=raw(batch.next_obs))
     assert len(batch.rewards) == 3 and batch.rewards.shape[1] == 30
     torch.testing.assert_close(batch.rewards + 1, batch.next_obs[..., 0])  # the transform is applied
     torch.testing.assert_close(batch.next_obs[..., 0], batch.obs[..., 0] + batch.actions[..., 0])
@@ -145,7 +150,7 @@ class Killed(BaseException):
 
 
 @pytest.mark.parametrize("stop", ["killed", "interrupted"])
-@pytest.mark.parametrize("settings", [{}, {"critic": "td", "warmup_steps": 20, "offline_ratio": 0.5}])
+@pytest.mark.parametrize("settings", [{}, {"critic": "td", "warmup_steps": 20, "offline_ratio": 0.5, "normalize": True}])
 def test_an_online_run_resumes_bit_identically(tmp_path, line, monkeypatch, stop, settings):
     make = functools.partial(make_args, tmp_path, dtql_online, num_seeds=2, **line, **settings)
     whole = dtql_online.main(make())["run_dir"]
@@ -189,6 +194,8 @@ def test_from_a_finished_run(tmp_path, line):
     export.main(export.Args(offline["run_dir"], format="policy"))
     with pytest.raises(UserError, match="--from .* differs from this script's"):  # a policy alone has no critic to go on with
         dtql_online.main(make_args(tmp_path, dtql_online, **line, offline=f"{offline['run_dir']}/policy"))
+    with pytest.raises(UserError, match="--normalize differs"):
+        dtql_online.main(make_args(tmp_path, dtql_online, **line, offline=offline["run_dir"], normalize=True))
     with pytest.raises(UserError, match="was trained on Line-v0, not"):
         dtql_online.main(make_args(tmp_path, dtql_online, **(line | {"env_id": "Lane-v0"}), offline=offline["run_dir"]))
     with pytest.raises(UserError, match="is not a run of dtql_continuous.py"):

@@ -132,7 +132,7 @@ def write_policy(act: Any, config: dict[str, Any], folder: Path) -> float:
 def reference(act: Any, policy: Policy, obs: Tensor, noise: Tensor | None = None) -> np.ndarray:
     """What `load_policy` answers with this noise and the best of the candidates, by its own code."""
     choose, z = act.agent.act, torch.zeros(len(obs), 1, policy.noise_dim) if noise is None else noise
-    obs = (obs - act.obs_mean) / act.obs_std
+    obs = (obs - policy.obs_mean) / policy.obs_std
     with torch.no_grad():
         if policy.num_candidates > 1:
             actions = choose.choose(obs[None], z[None], torch.zeros(1, *z.shape[:2]))[0]
