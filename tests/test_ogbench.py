@@ -224,6 +224,7 @@ def test_the_siblings_settings_are_those_that_are_stated(name, number):
     expectile = 0.9 if name.startswith(tasks.MANIPULATION) else 0.7
     assert each[iql]["expectile"] == 0.9 and each[idql]["expectile"] == each[srpo]["expectile"] == expectile
     assert (each[idql]["epochs"], each[idql]["eval_every"], each[fql]["epochs"]) == (3000, 250, 1000)
+    assert dtql.task_defaults(f"{name}-singletask{number}-v0")["normalize"] == ("maze" in name)
 
 
 # ---- data made at home -------------------------------------------------------------------------------------------------

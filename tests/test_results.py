@@ -55,15 +55,16 @@ def test_as_many_candidates_as_in_the_run_give_its_last_scores(run_dir, tmp_path
     assert (tmp_path / "out.png").stat().st_size > 5000
 
 
-def test_entropy_comes_from_the_events(run_dir, tmp_path):
-    run("entropy.py", tmp_path / "out", f"with NLL={run_dir}", f"again={run_dir}")
-    rows = read(tmp_path / "out.csv")
+@pytest.mark.parametrize(("metric", "least"), [("entropy", -30), ("critic", 0)])
+def test_metrics_come_from_the_events(run_dir, tmp_path, metric, least):
+    run("metric.py", tmp_path / metric, f"with NLL={run_dir}", f"again={run_dir}")
+    rows = read(tmp_path / f"{metric}.csv")
     assert {row["label"] for row in rows} == {"with NLL", "again"} and {row["task"] for row in rows} == {"hopper-medium-v2"}
-    assert all(-30 < float(row["entropy"]) < 30 for row in rows)
-    assert (tmp_path / "out.png").stat().st_size > 5000
+    assert all(least < float(row[metric]) < 30 for row in rows)
+    assert (tmp_path / f"{metric}.png").stat().st_size > 5000
 
 
-@pytest.mark.parametrize("script", ("candidates.py", "curves.py", "entropy.py", "mazes.py"))
+@pytest.mark.parametrize("script", ("candidates.py", "curves.py", "metric.py", "mazes.py"))
 @pytest.mark.parametrize("arguments", ((), ("out", "label=nowhere"), ("out", "nowhere")))
 def test_a_wrong_command_line_is_one_message(script, arguments, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -1,7 +1,8 @@
-"""Entropy of the policy during training (Figure 5): python results/entropy.py OUT LABEL=RUN_DIR [LABEL=RUN_DIR ...]
+"""A metric during training: python results/metric.py FOLDER/METRIC LABEL=RUN_DIR [LABEL=RUN_DIR ...]
 
-Reads it from the runs' TensorBoard events, where it is the mean over 100 updates and all models; writes OUT.csv and OUT.png, in
-which runs of the same task share a panel. It is that of the Gaussian before the tanh, in nats (log_std is bounded to [-5, 2]).
+Reads it, such as entropy (Figure 5) or critic, from the runs' TensorBoard events, where it is the mean over 100 updates and all
+models; writes FOLDER/METRIC.csv and .png, in which runs of the same task share a panel. The entropy is that of the Gaussian
+before the tanh, in nats (log_std is bounded to [-5, 2]).
 """
 
 import sys
@@ -17,17 +18,20 @@ import common  # noqa: E402
 
 def main() -> None:
     (out, runs), rows = labelled_runs(__doc__), []
+    metric = Path(out).name
     for label, run_dir, config in runs:
         task = config["args"]["env_id"]
         events = EventAccumulator(run_dir, size_guidance={"scalars": 0}).Reload()
-        rows += [dict(task=task, label=label, update=e.step, entropy=e.value) for e in events.Scalars("losses/entropy")]
+        rows += [{"task": task, "label": label, "update": e.step, metric: e.value} for e in events.Scalars(f"losses/{metric}")]
     common.write_atomically(Path(f"{out}.csv"), common.to_csv(list(rows[0]), rows))
     figure, panels = panel_per_task(rows)
     for task, axes in panels.items():
         for label in dict.fromkeys(row["label"] for row in rows):
             own = [row for row in rows if (row["task"], row["label"]) == (task, label)]
-            axes.plot([row["update"] for row in own], [row["entropy"] for row in own], label=label)
-        axes.set(xlabel="updates, with pretraining", ylabel="entropy of the policy")
+            axes.plot([row["update"] for row in own], [row[metric] for row in own], label=label, linewidth=1)
+        axes.set(xlabel="updates, with pretraining", ylabel=metric)
+        if min(row[metric] for row in rows) > 0:
+            axes.set_yscale("log")
     axes.legend()
     figure.savefig(f"{out}.png", dpi=110)
 
