@@ -33,6 +33,7 @@ def read(run_dir: str) -> list[dict[str, float | str]]:
         method = {"dtql_continuous": "DTQL", "kl_distill": "KL"}.get(config["exp_name"], config["exp_name"])
         rows.append(
             dict(task=args["env_id"], method=method, nll=args.get("nll", False), expectile=expectile, alpha=alpha, seed=seed)
+            | dict(normalize=args.get("normalize", False), gamma=args["gamma"])
             | dict(updates=int((args.get("pretrain_epochs", 0) + float(evaluations[-1]["epoch"])) * args["steps_per_epoch"]))
             | dict(scores=" ".join(f"{score:g}" for score in scores), mean=np.mean(scores[-2:]))
             | dict(error=np.sqrt(np.sum(variances)) / len(variances))
@@ -49,7 +50,9 @@ def main(args: argparse.Namespace) -> None:
         for row in rows:
             if row["task"] == task:
                 method = f"{row['method']}{' with NLL' if row['nll'] else ''}"
-                label = f"{method}, expectile {row['expectile']:g}, {row['updates']:,} updates"
+                if row["normalize"]:
+                    method += ", normalised"
+                label = f"{method}, expectile {row['expectile']:g}, gamma {row['gamma']:g}, {row['updates']:,} updates"
                 lines.setdefault(label, []).append((row["alpha"], row["mean"], row["error"]))
         for label, points in lines.items():
             alphas, means, errors = zip(*sorted(points))
