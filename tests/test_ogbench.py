@@ -194,7 +194,7 @@ def test_settings():
     assert (flags(fql, "cube-double-play-singletask-v0").alpha, flags(fql, IDS[0]).alpha) == (300, 10)
     assert flags(fql, IDS[0]).q_target == "min" and flags(fql, "humanoidmaze-medium-navigate-singletask-v0").gamma == 0.995
     assert flags(dtql, "antsoccer-arena-navigate-singletask-v0").gamma == 0.995
-    assert flags(dtql, IDS[0]).batch_size == 256 and flags(dtql, IDS[0]).gamma == 0.99
+    assert flags(dtql, IDS[0]).batch_size == 256 and flags(dtql, "cube-single-play-singletask-v0").gamma == 0.99
     cube, maze = (flags(iql, env_id) for env_id in ("cube-single-play-singletask-v0", IDS[0]))
     assert [(args.layers, args.width, args.layer_norm) for args in (cube, maze)] == [(4, 256, True), (4, 512, True)]
     assert flags(fql, "antmaze-large-diverse-v2").alpha == 3 and flags(fql, "pen-human-v1").alpha == 10_000
