@@ -28,8 +28,8 @@ def main() -> None:
     for task, axes in panels.items():
         for label in dict.fromkeys(row["label"] for row in rows):
             own = [row for row in rows if (row["task"], row["label"]) == (task, label)]
-            axes.plot([row["update"] for row in own], [row[metric] for row in own], label=label, linewidth=1)
-        axes.set(xlabel="updates, with pretraining", ylabel=metric)
+            axes.plot([row["update"] / 1000 for row in own], [row[metric] for row in own], label=label, linewidth=1)
+        axes.set(xlabel="thousand updates, with pretraining", ylabel=metric)
         if min(row[metric] for row in rows) > 0:
             axes.set_yscale("log")
     axes.legend()

@@ -59,7 +59,8 @@ def main(args: argparse.Namespace) -> None:
             axes.errorbar(alphas, means, errors, marker="o", markersize=4, capsize=2, label=label)
         axes.set_xscale("log")
         axes.set(xlabel="alpha", ylabel="success rate, %", ylim=(-3, 103))
-        axes.legend(fontsize=7)
+        axes.legend(fontsize=6.5, loc="upper center", bbox_to_anchor=(0.5, -0.2))
+    figure.set_figheight(4.8)
     figure.savefig(f"{args.out}.png", dpi=110)
 
 
