@@ -45,7 +45,7 @@ class Args(common.Args):
     width: int = 256
     """units of each of them"""
     normalize: bool = True
-    """standardise observations by the data's mean and standard deviation"""
+    """standardise observations with the data's mean and standard deviation"""
     learning_rate: float = 3e-4
     """of the policy"""
     sampling_steps: int = 18

@@ -94,7 +94,7 @@ class Args:
     run_dir: str = "runs"
     """folder in which the run's own folder is created"""
     normalize: bool = False
-    """standardise observations by the data's mean and standard deviation; for those far from that, as coordinates in a maze"""
+    """standardise observations with the data's mean and standard deviation; for large ones, such as coordinates in a maze"""
     batch_size: int = 256
     """minibatch size"""
     epochs: int = 2
