@@ -99,14 +99,47 @@ def test_the_demo_reaches_the_goal_with_every_seed_that_the_readme_names():
         assert (config["args"]["seed"], last["episodes"], float(last["score_mean"])) == (seed, "20", 100)
 
 
-def test_the_readme_s_table_is_that_of_the_runs():
-    rows = table((ROOT / "README.md").read_text(), "**Mazes** with data")
+def test_the_table_of_the_mazes_is_that_of_the_runs():
+    rows = table((RESULTS / "README.md").read_text(), "% at the goal in the last evaluation")
     assert [name.split(",")[0] for name in rows] == list(MAZES)
     for name, row in rows.items():
         cells = {
             column: " / ".join(cell("pointmaze", MAZES[name.split(",")[0]], method, 0)) for column, method in COLUMNS.items()
         }
         assert {column: row[column] for column in COLUMNS} == cells, name
+
+
+def test_the_tables_of_the_fair_fight_are_those_of_the_runs():
+    """Also that the seeds ran with the value that is best in the search, by the mean of the last two evaluations."""
+    weights = {"DTQL": ("dtql_continuous", "alpha"), "KL": ("kl_distill", "alpha"), "IQL": ("iql", "beta"), "BC": ("bc", None)}
+    page = table((RESULTS / "README.md").read_text(), "## A fair fight")
+    first_page = table((ROOT / "README.md").read_text(), "**A fair fight**")
+    assert page.keys() == first_page.keys() == weights.keys()
+    for name, (method, weight) in weights.items():
+        tried: dict[float, list[float]] = {}
+        for run in (RESULTS / "fair_fight" / "search").glob(f"{method}*/"):
+            rows = read(run / "eval.csv")
+            last_two = list(dict.fromkeys(row["epoch"] for row in rows))[-2:]
+            for row in (row for row in rows if row["epoch"] in last_two):
+                tried.setdefault(float(row["setting"].partition("=")[2]), []).append(float(row["score_mean"]))
+        assert {len(scores) for scores in tried.values()} <= {2 * 3}  # three seeds
+        means = {value: np.mean(scores) for value, scores in sorted(tried.items())}
+        seeds = RESULTS / "fair_fight" / "seeds" / method
+        args, found = json.loads((seeds / "config.json").read_text())["args"], evaluations(seeds)
+        if weight:
+            assert args[weight] == max(means, key=means.get)
+        (mean, error, each), best = found[-1], np.mean(np.max([each for *_, each in found], 0))
+        cells = {
+            "tried: % solved": ", ".join(f"{value:g}: {mean:.0f}" for value, mean in means.items()) or "-",
+            "chosen": f"{weight} {args[weight]:g}" if weight else "-",
+            "last, of each seed": ", ".join(f"{score:.0f}" for score in each),
+            "last": f"{mean:.0f} ± {error:.0f}",
+            "mean of the last three": f"{np.mean([mean for mean, *_ in found[-3:]]):.0f}",
+            "best (an oracle)": f"{best:.0f}",
+            "minutes of training": f"{float(read(seeds / 'eval.csv')[-1]['train_seconds']) / 60:.0f}",
+        }
+        assert {column: page[name][column] for column in cells} == cells
+        assert first_page[name].items() <= cells.items() | {("", name)}
 
 
 def test_the_table_of_the_paper_s_arguments_is_that_of_the_runs():
