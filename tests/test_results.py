@@ -109,12 +109,28 @@ def test_the_table_of_the_mazes_is_that_of_the_runs():
         assert {column: row[column] for column in COLUMNS} == cells, name
 
 
+def fair_fight(maze, method):
+    """The cells of a method's last row of runs, and the arguments that these had."""
+    run = RESULTS / "fair_fight" / maze / method
+    found = evaluations(run)
+    (mean, error, each), best = found[-1], np.mean(np.max([each for *_, each in found], 0))
+    cells = {
+        "last, of each seed": ", ".join(f"{score:.0f}" for score in each),
+        "last": f"{mean:.0f} ± {error:.0f}",
+        "mean of the last three": f"{np.mean([mean for mean, *_ in found[-3:]]):.0f}",
+        "best (an oracle)": f"{best:.0f}",
+        "minutes of training": f"{float(read(run / 'eval.csv')[-1]['train_seconds']) / 60:.0f}",
+    }
+    return cells, json.loads((run / "config.json").read_text())["args"]
+
+
 def test_the_tables_of_the_fair_fight_are_those_of_the_runs():
     """Also that the seeds ran with the value that is best in the search, by the mean of the last two evaluations."""
     weights = {"DTQL": ("dtql_continuous", "alpha"), "KL": ("kl_distill", "alpha"), "IQL": ("iql", "beta"), "BC": ("bc", None)}
-    page = table((RESULTS / "README.md").read_text(), "## A fair fight")
-    first_page = table((ROOT / "README.md").read_text(), "**A fair fight**")
-    assert page.keys() == first_page.keys() == weights.keys()
+    text, first_text = (RESULTS / "README.md").read_text(), (ROOT / "README.md").read_text()
+    page, large = table(text, "## A fair fight"), table(text, "**The large maze**")
+    first, first_large = table(first_text, "**A fair fight**"), table(first_text, "**The large maze**")
+    assert page.keys() == first.keys() == weights.keys() and large.keys() == first_large.keys() == weights.keys() - {"KL"}
     for name, (method, weight) in weights.items():
         tried: dict[float, list[float]] = {}
         for run in (RESULTS / "fair_fight" / "search").glob(f"{method}*/"):
@@ -124,22 +140,18 @@ def test_the_tables_of_the_fair_fight_are_those_of_the_runs():
                 tried.setdefault(float(row["setting"].partition("=")[2]), []).append(float(row["score_mean"]))
         assert {len(scores) for scores in tried.values()} <= {2 * 3}  # three seeds
         means = {value: np.mean(scores) for value, scores in sorted(tried.items())}
-        seeds = RESULTS / "fair_fight" / "seeds" / method
-        args, found = json.loads((seeds / "config.json").read_text())["args"], evaluations(seeds)
+        cells, args = fair_fight("medium", method)
         if weight:
             assert args[weight] == max(means, key=means.get)
-        (mean, error, each), best = found[-1], np.mean(np.max([each for *_, each in found], 0))
-        cells = {
-            "tried: % solved": ", ".join(f"{value:g}: {mean:.0f}" for value, mean in means.items()) or "-",
-            "chosen": f"{weight} {args[weight]:g}" if weight else "-",
-            "last, of each seed": ", ".join(f"{score:.0f}" for score in each),
-            "last": f"{mean:.0f} ± {error:.0f}",
-            "mean of the last three": f"{np.mean([mean for mean, *_ in found[-3:]]):.0f}",
-            "best (an oracle)": f"{best:.0f}",
-            "minutes of training": f"{float(read(seeds / 'eval.csv')[-1]['train_seconds']) / 60:.0f}",
-        }
+        cells["tried: % solved"] = ", ".join(f"{value:g}: {mean:.0f}" for value, mean in means.items()) or "-"
+        cells["chosen"] = f"{weight} {args[weight]:g}" if weight else "-"
         assert {column: page[name][column] for column in cells} == cells
-        assert first_page[name].items() <= cells.items() | {("", name)}
+        assert first[name].items() <= cells.items() | {("", name)}
+        if name in large:
+            large_cells, large_args = fair_fight("large", method)
+            assert not weight or large_args[weight] == args[weight]
+            assert {column: large[name][column] for column in large_cells} == large_cells
+            assert first_large[name].items() <= large_cells.items() | {("", name)}
 
 
 def test_the_table_of_the_paper_s_arguments_is_that_of_the_runs():
