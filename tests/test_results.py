@@ -109,49 +109,43 @@ def test_the_table_of_the_mazes_is_that_of_the_runs():
         assert {column: row[column] for column in COLUMNS} == cells, name
 
 
-def fair_fight(maze, method):
-    """The cells of a method's last row of runs, and the arguments that these had."""
-    run = RESULTS / "fair_fight" / maze / method
-    found = evaluations(run)
-    (mean, error, each), best = found[-1], np.mean(np.max([each for *_, each in found], 0))
-    cells = {
-        "last, of each seed": ", ".join(f"{score:.0f}" for score in each),
-        "last": f"{mean:.0f} ± {error:.0f}",
-        "mean of the last three": f"{np.mean([mean for mean, *_ in found[-3:]]):.0f}",
-        "best (an oracle)": f"{best:.0f}",
-        "minutes of training": f"{float(read(run / 'eval.csv')[-1]['train_seconds']) / 60:.0f}",
-    }
-    return cells, json.loads((run / "config.json").read_text())["args"]
-
-
 def test_the_tables_of_the_fair_fight_are_those_of_the_runs():
     """Also that the seeds ran with the value that is best in the search, by the mean of the last two evaluations."""
     weights = {"DTQL": ("dtql_continuous", "alpha"), "KL": ("kl_distill", "alpha"), "IQL": ("iql", "beta"), "BC": ("bc", None)}
-    text, first_text = (RESULTS / "README.md").read_text(), (ROOT / "README.md").read_text()
-    page, large = table(text, "## A fair fight"), table(text, "**The large maze**")
-    first, first_large = table(first_text, "**A fair fight**"), table(first_text, "**The large maze**")
-    assert page.keys() == first.keys() == weights.keys() and large.keys() == first_large.keys() == weights.keys() - {"KL"}
-    for name, (method, weight) in weights.items():
-        tried: dict[float, list[float]] = {}
-        for run in (RESULTS / "fair_fight" / "search").glob(f"{method}*/"):
-            rows = read(run / "eval.csv")
-            last_two = list(dict.fromkeys(row["epoch"] for row in rows))[-2:]
-            for row in (row for row in rows if row["epoch"] in last_two):
-                tried.setdefault(float(row["setting"].partition("=")[2]), []).append(float(row["score_mean"]))
-        assert {len(scores) for scores in tried.values()} <= {2 * 3}  # three seeds
-        means = {value: np.mean(scores) for value, scores in sorted(tried.items())}
-        cells, args = fair_fight("medium", method)
-        if weight:
-            assert args[weight] == max(means, key=means.get)
-        cells["tried: % solved"] = ", ".join(f"{value:g}: {mean:.0f}" for value, mean in means.items()) or "-"
-        cells["chosen"] = f"{weight} {args[weight]:g}" if weight else "-"
-        assert {column: page[name][column] for column in cells} == cells
-        assert first[name].items() <= cells.items() | {("", name)}
-        if name in large:
-            large_cells, large_args = fair_fight("large", method)
-            assert not weight or large_args[weight] == args[weight]
-            assert {column: large[name][column] for column in large_cells} == large_cells
-            assert first_large[name].items() <= large_cells.items() | {("", name)}
+    pages = (RESULTS / "README.md").read_text(), (ROOT / "README.md").read_text()
+    for maze, headings, names in (
+        ("medium", ("## A fair fight", "**A fair fight**"), weights.keys()),
+        ("large", ("**The large maze**", "**The large maze**"), weights.keys() - {"KL"}),
+    ):
+        full, short = map(table, pages, headings)
+        assert full.keys() == short.keys() == names
+        for name in names:
+            method, weight = weights[name]
+            run, tried = RESULTS / "fair_fight" / maze / method, {}
+            for search in (RESULTS / "fair_fight" / "search").glob(f"{method}*/"):
+                rows = read(search / "eval.csv")
+                last_two = list(dict.fromkeys(row["epoch"] for row in rows))[-2:]
+                for row in (row for row in rows if row["epoch"] in last_two):
+                    tried.setdefault(float(row["setting"].partition("=")[2]), []).append(float(row["score_mean"]))
+            assert {len(scores) for scores in tried.values()} <= {2 * 3}  # three seeds
+            means = {value: np.mean(scores) for value, scores in sorted(tried.items())}
+            args, found = json.loads((run / "config.json").read_text())["args"], evaluations(run)
+            if weight:
+                assert args[weight] == max(means, key=means.get)
+            last, best = cell(f"fair_fight/{maze}", maze, method, 0)
+            cells = {
+                "": name,
+                "last, of each seed": ", ".join(f"{score:.0f}" for score in found[-1][2]),
+                "last": last,
+                "mean of the last three": f"{np.mean([mean for mean, *_ in found[-3:]]):.0f}",
+                "best (an oracle)": best,
+                "minutes of training": f"{float(read(run / 'eval.csv')[-1]['train_seconds']) / 60:.0f}",
+            }
+            if maze == "medium":
+                cells["tried: % solved"] = ", ".join(f"{value:g}: {mean:.0f}" for value, mean in means.items()) or "-"
+                cells["chosen"] = f"{weight} {args[weight]:g}" if weight else "-"
+            assert full[name] == cells
+            assert short[name].items() <= cells.items()
 
 
 def test_the_table_of_the_paper_s_arguments_is_that_of_the_runs():
