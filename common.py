@@ -212,6 +212,9 @@ def cli(cls: type, argv: Sequence[str] | None = None, **options: Any) -> Any:
             body = lines[1 : lines.index("", 1)] if "" in lines[1:] else lines
             print(f"error: {' '.join(body)} (see --help)", file=sys.stderr)
         raise
+    except BrokenPipeError:  # of `--help | head`; at exit Python would flush stdout once more
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
 
 
 def run(main: Callable[[Any], Any], parse: Callable[[], Any]) -> None:

@@ -25,6 +25,7 @@ from helpers import (
     METHODS,
     ROOT,
     assert_same_end,
+    command,
     make_agent,
     make_args,
     params_of,
@@ -802,6 +803,14 @@ def test_help_shows_the_values_of_the_task():
         assert default in text
     assert "--nll, --no-nll" in text
     assert re.search(r"10,000 updates or more \(default: True\)", text)  # --compile, which follows from the number of updates
+
+
+def test_help_into_a_closed_pipe_ends_quietly():
+    read, write = os.pipe()
+    os.close(read)
+    result = subprocess.run(command("--help"), stdout=write, stderr=subprocess.PIPE, text=True)
+    os.close(write)
+    assert result.returncode == 1 and result.stderr == ""
 
 
 def test_table_4_and_other_defaults():
