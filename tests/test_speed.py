@@ -10,7 +10,9 @@ from helpers import FLAGS, assert_same_end, make_agent, run_here, run_script, wh
 import bc
 import common
 import dql
+import dtql_chunk
 import dtql_continuous as dtql
+import fan
 import idql
 import iql
 import kl_distill
@@ -62,7 +64,7 @@ def test_only_long_runs_are_compiled_unless_asked_for(flags, compiled):
 def test_speed_table(tmp_path, monkeypatch, uncompiled, tiny_networks):
     """The command of the README, cut short: all variants and methods are there, and the parts belong to their updates."""
     table = tmp_path / "speed.csv"
-    methods = ["dtql_continuous", "srpo"]
+    methods = ["dtql_continuous", "dtql_chunk", "srpo"]
     flags = ["--device", "cpu", "--models", "1", "--batch-sizes", "32", "--rounds", "1", "--seconds", "0.05", "--csv", table]
     monkeypatch.setattr(speed, "ROWS", 5000)
     speed.main(common.cli(speed.Args, [*map(str, flags), "--methods", *methods]))
@@ -101,6 +103,8 @@ EVERYTHING = {"critic", "diffusion or flow model", "policy", "target networks"}
     ("module", "expected"),
     [
         (dtql, EVERYTHING),
+        (dtql_chunk, EVERYTHING),
+        (fan, {"all networks", "target networks"}),
         (kl_distill, EVERYTHING),
         (bc, {"policy"}),
         (iql, EVERYTHING - {"diffusion or flow model"}),

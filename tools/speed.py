@@ -61,7 +61,7 @@ class Args:
     """numbers of models that train at once"""
     batch_sizes: tuple[int, ...] = (256, 2048)
     """transitions per update and model"""
-    methods: tuple[str, ...] = methods()
+    methods: tuple[str, ...] = tuple(name for name in methods() if name != "dtql_online")  # whose updates are DTQL's
     """methods to compare"""
     rounds: int = 3
     """how often each variant is measured"""
@@ -368,6 +368,8 @@ def make_agent(method: str, data: Transitions | None, args: Args, device: torch.
         cls for cls in vars(module).values() if isinstance(cls, type) and hasattr(cls, "sample") and issubclass(cls, nn.Module)
     )
     agent = cls(own, OBS_DIM, ACTION_DIM, device, data)
+    if method == "dtql_chunk":
+        agent.ends = torch.zeros(ROWS, device=device)  # what they are does not change the time
     if method == "fql":
         split_loss(agent)
     return agent
@@ -463,16 +465,17 @@ def measure_acting(task: Task, args: Args, device: torch.device) -> list[dict]:
     many = in_turn({method: functools.partial(act, method, states) for method in agents}, args, device)
     rows, envs = [], evaluation.LockstepEnvs(task.make_env, [0])
     for method in agents:
+        chunk = getattr(agents[method].args, "chunk", 1)  # the number of actions that one call gives
         started = time.perf_counter()
         on_device = lambda obs, method=method: act(method, torch.as_tensor(obs, device=device))
-        _, lengths = evaluation.run_episodes(envs, on_device, np.zeros((1, 1), int))
+        _, lengths = evaluation.run_episodes(envs, on_device, np.zeros((1, 1), int), chunk)
         seconds = time.perf_counter() - started
         row = {
             "what": "acting",
             "variant": method,
             "candidates": agents[method].act.num_candidates,
-            "ms_per_action": 1000 / statistics.median(one[method]),
-            f"ms_per_action_of_{evaluation.MAX_COPIES}": 1000 / evaluation.MAX_COPIES / statistics.median(many[method]),
+            "ms_per_action": 1000 / chunk / statistics.median(one[method]),
+            f"ms_per_action_of_{evaluation.MAX_COPIES}": 1000 / chunk / evaluation.MAX_COPIES / statistics.median(many[method]),
             "seconds_per_trajectory": seconds,
             "length": int(lengths.item()),
         }
