@@ -546,6 +546,8 @@ def main(args: Args) -> list[dict]:
         rows.extend(new)
         for row in new:
             print("   ".join(f"{key} {value}" for key, value in row.items() if value is not None), flush=True)
+        columns = list(dict.fromkeys(key for row in rows for key in row))
+        common.write_atomically(Path(args.csv), common.to_csv(columns, rows))
 
     for models in args.models:
         for batch_size in args.batch_sizes:
@@ -559,8 +561,6 @@ def main(args: Args) -> list[dict]:
                 report(measure_method(method, task, batch_size, args, device))
     report(whole_runs(rows))
     report(measure_acting(task, args, device))
-    columns = list(dict.fromkeys(key for row in rows for key in row))
-    common.write_atomically(Path(args.csv), common.to_csv(columns, rows))
     if args.methods:
         draw_methods(rows, args, name, picture)
     return rows
