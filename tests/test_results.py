@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import subprocess
 import sys
 
@@ -153,6 +154,39 @@ def test_the_tables_of_the_fair_fight_are_those_of_the_runs():
                 cells["chosen"] = f"{weight} {args[weight]:g}" if weight else "-"
             assert full[name] == cells
             assert short[name].items() <= cells.items()
+
+
+def test_the_tables_of_speed_are_those_of_the_measurement():
+    """But for rounding: what is within 5 % is the same."""
+    page, rows = (ROOT / "docs" / "speed.md").read_text(), read(RESULTS / "speed_cpu_1core.csv")
+    numbers = lambda cell: [float(number) for number in re.findall(r"[\d.]+", cell)]
+    variants = {"the paper line by line": "plain", "`--no-compile`": "eager", "`--compile`": "compile"}
+    for sizes, cells in table(page, "Updates per second").items():
+        for column, variant in (variants | {"matrix products alone": "products"}).items():
+            found = [
+                r for r in rows if [r["what"], r["variant"], r["models"], r["batch"]] == ["updates", variant, *sizes.split(", ")]
+            ]
+            expected = [float(row[name]) for row in found for name in ("per_second", "low", "high")]
+            assert numbers(cells[column]) == pytest.approx(expected, rel=0.05), (sizes, column)
+
+    methods = table(page, "## All methods")
+    names = COLUMNS | {"BC": "bc", "DTQL in chunks": "dtql_chunk", "FAN": "fan"}
+    measured = {row["variant"] for row in rows if row["what"] == "run"}
+    assert {names[name] for name in methods} == measured
+    for name, cells in methods.items():
+        mine = [row for row in rows if row["variant"] == names[name] and row["stage"] != "pretraining"]
+        (run,), (acting,) = ([row for row in mine if row["what"] == what] for what in ("run", "acting"))
+        stages = lambda of: {row["stage"]: float(row["seconds_per_1000"]) for row in mine if row["what"] == "method" and of(row)}
+        found = [
+            list(stages(lambda row: row["own"] == "True").values()),
+            *([sum(stages(lambda row: row["batch"] == size).values())] for size in ("256", "2048")),
+            *([float(acting[column])] for column in ("ms_per_action", "candidates", "seconds_per_trajectory")),
+            [float(run["hours"])],
+        ]
+        shown = [numbers(cell) for cell in list(cells.values())[2:]]
+        assert acting["length"] == "700" and [*shown[:-1], shown[-1][:1]] == [pytest.approx(cell, rel=0.05) for cell in found], (
+            name
+        )
 
 
 def test_the_table_of_the_paper_s_arguments_is_that_of_the_runs():

@@ -519,7 +519,7 @@ def draw_methods(rows: list[dict], args: Args, title: str, file: Path) -> None:
                     bottom += row.get(part, 0.0)
         labels = [method.removesuffix("_continuous").removesuffix("_distill") for method in args.methods]
         axes.set(title=name, ylabel="seconds per 1,000 updates")
-        axes.set_xticks(range(len(labels)), labels)
+        axes.set_xticks(range(len(labels)), labels, rotation=45, ha="right")
         axes.grid(axis="y", alpha=0.3)
     figure.suptitle(title, fontsize=9)
     figure.legend(bars.values(), bars.keys(), loc="outside lower center", ncols=5, fontsize=9)
