@@ -4,6 +4,7 @@ import contextlib
 import csv
 import functools
 import io
+import itertools
 import os
 import runpy
 import signal
@@ -288,14 +289,13 @@ def wait_for(parent: Path, pattern: str = "*/checkpoint.pt") -> Path:
 
 def table(text: str, heading: str) -> dict[str, dict[str, str]]:
     """The first Markdown table below a heading: first cell of a row -> column -> cell."""
-    lines = text[text.index(heading) :].splitlines()
-    lines = [line for line in lines if line.startswith("|")]
+    is_row = lambda line: line.startswith("|")
+    lines = itertools.dropwhile(lambda line: not is_row(line), text[text.index(heading) :].splitlines())
+    lines = list(itertools.takewhile(is_row, lines))
     head = [cell.strip() for cell in lines[0].strip("|").split("|")]
     rows = {}
     for line in lines[2:]:
         cells = [cell.strip() for cell in line.strip("|").split("|")]
-        if len(cells) != len(head):
-            break
         rows.setdefault(cells[0].strip("`"), dict(zip(head, cells)))
     return rows
 
