@@ -296,7 +296,7 @@ def table(text: str, heading: str) -> dict[str, dict[str, str]]:
     rows = {}
     for line in lines[2:]:
         cells = [cell.strip() for cell in line.strip("|").split("|")]
-        rows.setdefault(cells[0].strip("`"), dict(zip(head, cells)))
+        rows.setdefault(cells[0].strip("`"), dict(zip(head, cells, strict=True)))
     return rows
 
 
