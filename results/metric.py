@@ -22,6 +22,10 @@ def main() -> None:
     for label, run_dir, config in runs:
         task = config["args"]["env_id"]
         events = EventAccumulator(run_dir, size_guidance={"scalars": 0}).Reload()
+        names = [tag.removeprefix("losses/") for tag in events.Tags()["scalars"] if tag.startswith("losses/")]
+        if metric not in names:
+            print(f"error: {run_dir} has no loss {metric!r}; give OUT as FOLDER/METRIC, one of {names}", file=sys.stderr)
+            sys.exit(2)
         rows += [{"task": task, "label": label, "update": e.step, metric: e.value} for e in events.Scalars(f"losses/{metric}")]
     common.write_atomically(Path(f"{out}.csv"), common.to_csv(list(rows[0]), rows))
     figure, panels = panel_per_task(rows)

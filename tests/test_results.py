@@ -65,6 +65,12 @@ def test_metrics_come_from_the_events(run_dir, tmp_path, metric, least):
     assert (tmp_path / f"{metric}.png").stat().st_size > 5000
 
 
+def test_an_unknown_metric_is_one_message(run_dir, tmp_path):
+    result = run_inside(str(tmp_path / "entrpy"), f"a={run_dir}", script="results/metric.py")
+    assert result.returncode == 2 and "Traceback" not in result.stderr and "'entropy'" in result.stderr.splitlines()[-1]
+    assert not list(tmp_path.glob("entrpy*"))
+
+
 @pytest.mark.parametrize("script", ("candidates.py", "curves.py", "metric.py", "mazes.py"))
 @pytest.mark.parametrize("arguments", ((), ("out", "label=nowhere"), ("out", "nowhere")))
 def test_a_wrong_command_line_is_one_message(script, arguments, tmp_path, monkeypatch):
