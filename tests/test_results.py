@@ -125,6 +125,7 @@ def test_the_tables_of_the_fair_fight_are_those_of_the_runs():
         "IDQL": ("idql", "expectile", 2),
         "DQL": ("dql", "eta", 3),
         "SRPO": ("srpo", "beta", 6),
+        "FQL": ("fql", "alpha", 2),
         "BC": ("bc", None, 0),
     }
     pages = (RESULTS / "README.md").read_text(), (ROOT / "README.md").read_text()
