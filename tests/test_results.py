@@ -129,7 +129,9 @@ def test_the_tables_of_the_fair_fight_are_those_of_the_runs():
         "BC": ("bc", None, 0),
     }
     pages = (RESULTS / "README.md").read_text(), (ROOT / "README.md").read_text()
-    large = dict.fromkeys(("DTQL", "KL", "IQL", "BC"), ("large", "search")) | {"IQL, beta searched": ("large_searched", "search_large")}
+    large = dict.fromkeys(("DTQL", "KL", "IQL", "BC"), ("large", "search")) | {
+        "IQL, beta searched": ("large_searched", "search_large")
+    }
     for maze, headings, names in (
         ("medium", ("## A fair fight", "**A fair fight**"), dict.fromkeys(weights, ("medium", "search"))),
         ("large", ("**The large maze**", "**The large maze**"), large),
