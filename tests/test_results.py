@@ -116,6 +116,18 @@ def test_the_table_of_the_mazes_is_that_of_the_runs():
         assert {column: row[column] for column in COLUMNS} == cells, name
 
 
+def means_of_search(folder, method, number):
+    """Value of the weight -> mean of the last two evaluations, or the last, over all seeds: `number` scores."""
+    tried: dict[float, list[float]] = {}
+    for search in (RESULTS / "fair_fight" / folder).glob(f"{method}*/"):
+        rows = read(search / "eval.csv")
+        last_two = list(dict.fromkeys(row["epoch"] for row in rows))[-2:]
+        for row in (row for row in rows if row["epoch"] in last_two):
+            tried.setdefault(float(row["setting"].partition("=")[2]), []).append(float(row["score_mean"]))
+    assert all(len(scores) == number for scores in tried.values())
+    return {value: np.mean(scores) for value, scores in sorted(tried.items())}
+
+
 def test_the_tables_of_the_fair_fight_are_those_of_the_runs():
     """Also that the seeds ran with the value that is best in the search, by the mean of the last two evaluations or the last."""
     weights = {  # and of how many evaluations that mean is: three seeds with two each, or fewer
@@ -140,14 +152,8 @@ def test_the_tables_of_the_fair_fight_are_those_of_the_runs():
         assert full.keys() == short.keys() == names.keys()
         for name, (folder, searches) in names.items():
             method, weight, number = weights[name.partition(",")[0]]
-            runs, tried = sorted((RESULTS / "fair_fight" / folder).glob(f"{method}*/")), {}
-            for search in (RESULTS / "fair_fight" / searches).glob(f"{method}*/"):
-                rows = read(search / "eval.csv")
-                last_two = list(dict.fromkeys(row["epoch"] for row in rows))[-2:]
-                for row in (row for row in rows if row["epoch"] in last_two):
-                    tried.setdefault(float(row["setting"].partition("=")[2]), []).append(float(row["score_mean"]))
-            assert all(len(scores) == number for scores in tried.values())
-            means = {value: np.mean(scores) for value, scores in sorted(tried.items())}
+            runs = sorted((RESULTS / "fair_fight" / folder).glob(f"{method}*/"))
+            means = means_of_search(searches, method, number)
             search, found = ", ".join(f"{value:g}: {mean:.0f}" for value, mean in means.items()) or "-", evaluations(*runs)
             if weight:
                 best = max(means, key=means.get)
@@ -166,6 +172,9 @@ def test_the_tables_of_the_fair_fight_are_those_of_the_runs():
                 cells["tried: % solved"] = search
             assert full[name] == cells and search in pages[0]
             assert short[name].items() <= cells.items()
+    smaller = means_of_search("search_smaller_alpha", "dtql_continuous", 6)
+    assert ", ".join(f"{value:g}: {mean:.0f}" for value, mean in smaller.items()) in pages[0]
+    assert max(smaller.values()) < means_of_search("search", "dtql_continuous", 6)[0.1]
 
 
 def test_the_tables_of_speed_are_those_of_the_measurement():
