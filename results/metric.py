@@ -16,16 +16,14 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import common  # noqa: E402
 
 
-def main() -> None:
-    (out, runs), rows = labelled_runs(__doc__), []
+def main(arguments: tuple) -> None:
+    (out, runs), rows = arguments, []
     metric = Path(out).name
     for label, run_dir, config in runs:
         task = config["args"]["env_id"]
         events = EventAccumulator(run_dir, size_guidance={"scalars": 0}).Reload()
         names = [tag.removeprefix("losses/") for tag in events.Tags()["scalars"] if tag.startswith("losses/")]
-        if metric not in names:
-            print(f"error: {run_dir} has no loss {metric!r}; give OUT as FOLDER/METRIC, one of {names}", file=sys.stderr)
-            sys.exit(2)
+        common.check(metric in names, f"{run_dir} has no loss {metric!r}: give OUT as FOLDER/METRIC, one of {names}")
         rows += [{"task": task, "label": label, "update": e.step, metric: e.value} for e in events.Scalars(f"losses/{metric}")]
     common.write_atomically(Path(f"{out}.csv"), common.to_csv(list(rows[0]), rows))
     figure, panels = panel_per_task(rows)
@@ -41,4 +39,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    common.run(main, lambda: labelled_runs(__doc__))
