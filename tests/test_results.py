@@ -141,7 +141,7 @@ def test_the_tables_of_the_fair_fight_are_those_of_the_runs():
         "BC": ("bc", None, 0),
     }
     pages = (RESULTS / "README.md").read_text(), (ROOT / "README.md").read_text()
-    large = dict.fromkeys(("DTQL", "KL", "IQL", "BC"), ("large", "search")) | {
+    large = dict.fromkeys(weights.keys() - {"FQL"}, ("large", "search")) | {
         "IQL, beta searched": ("large_searched", "search_large")
     }
     for maze, headings, names in (
@@ -329,12 +329,14 @@ def test_the_tables_of_the_first_online_runs_are_those_of_the_runs(name):
 
 
 def test_the_table_of_pen_human_is_that_of_the_runs():
-    folders = {"DTQL": ["dtql_continuous"], "BC": ["bc"], "IQL": ["iql", "iql_seeds_1_2"]}
+    folders = {"DTQL": ["dtql_continuous"], "BC": ["bc"], "IQL": ["iql", "iql_seeds_1_2"], "IDQL": ["idql"], "DQL": ["dql"]}
     rows = {name: cells for name, *cells in numbers_below("## pen-human")}
     first_page = table((ROOT / "README.md").read_text(), "**pen-human, demonstrations replayed**")
     assert rows.keys() == first_page.keys() == folders.keys()
     for name, runs in folders.items():
-        found = evaluations(*(RESULTS / "pen_human" / run for run in runs))
+        runs = [RESULTS / "pen_human" / run for run in runs]
+        assert all(rows[name][0].split()[-1] == f"{int(read(run / 'eval.csv')[-1]['epoch']) * 1000:,}" for run in runs)
+        found = evaluations(*runs)
         (mean, error, each), means = found[-1], [mean for mean, _, _ in found]
         seeds = ", ".join(str(seed) for seed in range(len(each)))
         if len(each) > 1:
