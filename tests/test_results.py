@@ -345,6 +345,9 @@ def test_the_table_of_pen_human_is_that_of_the_runs():
         shown = [rows[name][2], rows[name][3].split()[0], rows[name][4]]
         assert shown[1:] == [f"{np.mean(means[-3:]):.1f}", f"{best_of_each(found):.1f}"]
         assert list(first_page[name].values())[1:6] == [rows[name][0], str(len(each)), *shown]
+    q = {row["update"]: float(row["q"]) for row in read(RESULTS / "pen_human" / "q.csv")}
+    text = " ".join((RESULTS / "README.md").read_text().split())
+    assert f"from 24,000 to 36,000 updates its mean Q runs up from {q['24000']:.0f} to {q['36000']:,.0f}" in text
 
 
 def test_the_table_of_look_alike_data_is_that_of_the_runs():
