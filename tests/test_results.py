@@ -1,6 +1,7 @@
 """The scripts beside the results do what they say."""
 
 import csv
+import dataclasses
 import json
 import re
 import subprocess
@@ -114,6 +115,39 @@ def test_the_table_of_the_mazes_is_that_of_the_runs():
             column: " / ".join(cell("pointmaze", MAZES[name.split(",")[0]], method, 0)) for column, method in COLUMNS.items()
         }
         assert {column: row[column] for column in COLUMNS} == cells, name
+
+
+def commands_below(heading):
+    """(method, flags) of each training command below a heading of the page; "and FLAGS" or "and METHOD.py" repeats it so."""
+    text = (RESULTS / "README.md").read_text()
+    section, names = text[text.index(heading) + 3 :].partition("\n## ")[0], {}
+    for line in section.splitlines():
+        if assignment := re.fullmatch(r'(\w+)="(.*)"', line):
+            names[f"${assignment[1]}"] = assignment[2]
+        elif command := re.match(r"python (\w+)\.py ([^#]*)(?:# *(.*))?", line):
+            method, flags, comment = command.groups("")
+            flags = " ".join(names.get(word, word) for word in flags.split()).split()
+            yield method, flags
+            for other, more in re.findall(r"and (?:(\w+)\.py|(--[^,;]+))", comment):
+                yield other or method, [*flags, *more.split()]
+
+
+@pytest.mark.parametrize(
+    ("heading", "pattern"),
+    [("## A fair fight", "fair_fight/*/*/"), ("## pen-human", "pen_human/*/"), ("## OGBench data made at home", "ogbench/*/")],
+)
+def test_every_run_has_its_command_and_every_command_its_run(heading, pattern):
+    asked = []
+    for method, flags in commands_below(heading):
+        module = import_method(method)
+        args = dataclasses.asdict(common.parse_args(module.Args, module.task_defaults, flags))
+        asked.append((method, json.loads(json.dumps(args))))
+    for config in RESULTS.glob(f"{pattern}config.json"):
+        run = json.loads(config.read_text())
+        saved = {name: value for name, value in run["args"].items() if name != "device"}
+        (command,) = (each for each in asked if each[0] == run["exp_name"] and saved.items() <= each[1].items())
+        asked.remove(command)
+    assert not asked
 
 
 def means_of_search(folder, method, number):
