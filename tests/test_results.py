@@ -206,6 +206,10 @@ def test_the_tables_of_the_fair_fight_are_those_of_the_runs():
                 cells["tried: % solved"] = search
             assert full[name] == cells and search in pages[0]
             assert short[name].items() <= cells.items()
+    few = [row for method in ("idql", "dql", "srpo") for row in read(RESULTS / "fair_fight" / "large" / method / "eval.csv")]
+    solved = [(row["epoch"], float(row["score_mean"]), row["episodes"]) for row in few if float(row["score_mean"]) > 0]
+    assert (len(few), solved) == (60, [("20", 5, "20")] * 4)
+    assert "in four of the 60 evaluations of a model, all at the end" in pages[0]
     smaller = means_of_search("search_smaller_alpha", "dtql_continuous", 6)
     assert ", ".join(f"{value:g}: {mean:.0f}" for value, mean in smaller.items()) in pages[0]
     assert max(smaller.values()) < means_of_search("search", "dtql_continuous", 6)[0.1]
