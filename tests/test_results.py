@@ -175,8 +175,10 @@ def test_the_tables_of_the_fair_fight_are_those_of_the_runs():
         "BC": ("bc", None, 0),
     }
     pages = (RESULTS / "README.md").read_text(), (ROOT / "README.md").read_text()
-    large = dict.fromkeys(weights.keys() - {"FQL"}, ("large", "search")) | {
-        "IQL, beta searched": ("large_searched", "search_large")
+    large = dict.fromkeys(weights, ("large", "search")) | {
+        "DTQL, without NLL": ("large_without_nll", "search"),
+        "DTQL, without pretraining": ("large_without_pretraining", "search"),
+        "IQL, beta searched": ("large_searched", "search_large"),
     }
     for maze, headings, names in (
         ("medium", ("## A fair fight", "**A fair fight**"), dict.fromkeys(weights, ("medium", "search"))),
@@ -367,7 +369,13 @@ def test_the_tables_of_the_first_online_runs_are_those_of_the_runs(name):
 
 
 def test_the_table_of_pen_human_is_that_of_the_runs():
-    folders = {"DTQL": ["dtql_continuous"], "BC": ["bc"], "IQL": ["iql", "iql_seeds_1_2"], "IDQL": ["idql"], "DQL": ["dql"]}
+    folders = {
+        "DTQL": ["dtql_continuous", "dtql_continuous_seed_1"],
+        "BC": ["bc"],
+        "IQL": ["iql", "iql_seeds_1_2"],
+        "IDQL": ["idql"],
+        "DQL": ["dql"],
+    }
     rows = {name: cells for name, *cells in numbers_below("## pen-human")}
     first_page = table((ROOT / "README.md").read_text(), "**pen-human, demonstrations replayed**")
     assert rows.keys() == first_page.keys() == folders.keys()
@@ -383,9 +391,14 @@ def test_the_table_of_pen_human_is_that_of_the_runs():
         shown = [rows[name][2], rows[name][3].split()[0], rows[name][4]]
         assert shown[1:] == [f"{np.mean(means[-3:]):.1f}", f"{best_of_each(found):.1f}"]
         assert list(first_page[name].values())[1:6] == [rows[name][0], str(len(each)), *shown]
-    q = {row["update"]: float(row["q"]) for row in read(RESULTS / "pen_human" / "q.csv")}
+    q = {(row["label"], row["update"]): f"{float(row['q']):,.0f}" for row in read(RESULTS / "pen_human" / "q.csv")}
     text = " ".join((RESULTS / "README.md").read_text().split())
-    assert f"from 24,000 to 36,000 updates its mean Q runs up from {q['24000']:.0f} to {q['36000']:,.0f}" in text
+    start, top, end = (q["DQL", update] for update in ("24000", "36000", "60000"))
+    assert f"from 24,000 to 36,000 updates its mean Q runs up from {start} to {top} and then falls to {end}" in text
+    assert f"seed 1's Q falls from {q['DTQL, seed 1', '60000']} to {q['DTQL, seed 1', '200000']}" in text
+    for seed, folder in enumerate(folders["DTQL"]):
+        *first, last = (f"{mean:.1f}" for mean, *_ in evaluations(RESULTS / "pen_human" / folder))
+        assert re.search(rf"seed {seed} (scored )?{', '.join(first)} and {last}", text)
 
 
 def test_the_table_of_look_alike_data_is_that_of_the_runs():
