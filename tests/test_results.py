@@ -212,6 +212,10 @@ def test_the_tables_of_the_fair_fight_are_those_of_the_runs():
     solved = [(row["epoch"], float(row["score_mean"]), row["episodes"]) for row in few if float(row["score_mean"]) > 0]
     assert (len(few), solved) == (60, [("20", 5, "20")] * 4)
     assert "in four of the 60 evaluations of a model, all at the end" in pages[0]
+    text = " ".join(pages[0].split())
+    for start, folder in (("DTQL has", "large_without_pretraining"), ("with it", "large")):
+        *first, last = (f"{mean:.0f}" for mean, *_ in evaluations(RESULTS / "fair_fight" / folder / "dtql_continuous"))
+        assert f"{start} {', '.join(first)} and {last} % after" in text
     smaller = means_of_search("search_smaller_alpha", "dtql_continuous", 6)
     assert ", ".join(f"{value:g}: {mean:.0f}" for value, mean in smaller.items()) in pages[0]
     assert max(smaller.values()) < means_of_search("search", "dtql_continuous", 6)[0.1]
