@@ -175,13 +175,16 @@ def test_the_tables_of_the_fair_fight_are_those_of_the_runs():
         "BC": ("bc", None, 0),
     }
     pages = (RESULTS / "README.md").read_text(), (ROOT / "README.md").read_text()
+    medium = dict.fromkeys(weights, ("medium", "search")) | {
+        "DTQL, without pretraining": ("medium_without_pretraining", "search")
+    }
     large = dict.fromkeys(weights, ("large", "search")) | {
         "DTQL, without NLL": ("large_without_nll", "search"),
         "DTQL, without pretraining": ("large_without_pretraining", "search"),
         "IQL, beta searched": ("large_searched", "search_large"),
     }
     for maze, headings, names in (
-        ("medium", ("## A fair fight", "**A fair fight**"), dict.fromkeys(weights, ("medium", "search"))),
+        ("medium", ("## A fair fight", "**A fair fight**"), medium),
         ("large", ("**The large maze**", "**The large maze**"), large),
     ):
         full, short = map(table, pages, headings)
@@ -213,7 +216,12 @@ def test_the_tables_of_the_fair_fight_are_those_of_the_runs():
     assert (len(few), solved) == (60, [("20", 5, "20")] * 4)
     assert "in four of the 60 evaluations of a model, all at the end" in pages[0]
     text = " ".join(pages[0].split())
-    for start, folder in (("DTQL has", "large_without_pretraining"), ("with it", "large")):
+    for start, folder in (
+        ("it is as good:", "medium_without_pretraining"),
+        ("with it", "medium"),
+        ("DTQL has", "large_without_pretraining"),
+        ("with it", "large"),
+    ):
         *first, last = (f"{mean:.0f}" for mean, *_ in evaluations(RESULTS / "fair_fight" / folder / "dtql_continuous"))
         assert f"{start} {', '.join(first)} and {last} % after" in text
     smaller = means_of_search("search_smaller_alpha", "dtql_continuous", 6)
