@@ -84,11 +84,15 @@ def test_a_wrong_command_line_is_one_message(script, arguments, tmp_path, monkey
 # ---- what the pages say is what the CSV files say ---------------------------------------------------------------------
 
 
+def lines_below(heading):
+    """The lines of the page of results below a heading, up to the next."""
+    text = (RESULTS / "README.md").read_text()
+    return text[text.index(heading) + 3 :].partition("\n## ")[0].splitlines()
+
+
 def numbers_below(heading):
     """The cells of the lines of tables that have a ± in them, below a heading of the page of results."""
-    text = (RESULTS / "README.md").read_text()
-    section = text[text.index(heading) + 3 :].partition("\n## ")[0]
-    lines = [line for line in section.splitlines() if line.startswith("|") and " ± " in line]
+    lines = [line for line in lines_below(heading) if line.startswith("|") and " ± " in line]
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
 
 
@@ -119,9 +123,8 @@ def test_the_table_of_the_mazes_is_that_of_the_runs():
 
 def commands_below(heading):
     """(method, flags) of each training command below a heading of the page; "and FLAGS" or "and METHOD.py" repeats it so."""
-    text = (RESULTS / "README.md").read_text()
-    section, names = text[text.index(heading) + 3 :].partition("\n## ")[0], {}
-    for line in section.splitlines():
+    names = {}
+    for line in lines_below(heading):
         if assignment := re.fullmatch(r'(\w+)="(.*)"', line):
             names[f"${assignment[1]}"] = assignment[2]
         elif command := re.match(r"python (\w+)\.py ([^#]*)(?:# *(.*))?", line):
