@@ -167,24 +167,28 @@ def means_of_search(folder, method, number):
 
 def test_the_tables_of_the_fair_fight_are_those_of_the_runs():
     """Also that the seeds ran with the value that is best in the search, by the mean of the last two evaluations or the last."""
-    weights = {  # and of how many evaluations that mean is: three seeds with two each, or fewer
-        "DTQL": ("dtql_continuous", "alpha", 6),
-        "KL": ("kl_distill", "alpha", 6),
-        "IQL": ("iql", "beta", 6),
-        "IDQL": ("idql", "expectile", 2),
-        "DQL": ("dql", "eta", 3),
-        "SRPO": ("srpo", "beta", 6),
-        "FQL": ("fql", "alpha", 2),
-        "BC": ("bc", None, 0),
+    weights = {  # and of how many evaluations that mean is in each maze: three seeds with two each, or fewer
+        "DTQL": ("dtql_continuous", "alpha", dict(search=6, search_large=2, search_medium_without_nll=2)),
+        "KL": ("kl_distill", "alpha", dict(search=6, search_large=2)),
+        "IQL": ("iql", "beta", dict(search=6, search_large=6)),
+        "IDQL": ("idql", "expectile", dict(search=2, search_large=1)),
+        "DQL": ("dql", "eta", dict(search=3, search_large=2)),
+        "SRPO": ("srpo", "beta", dict(search=6, search_large=2)),
+        "FQL": ("fql", "alpha", dict(search=2, search_large=0)),
+        "BC": ("bc", None, dict(search=0, search_large=0)),
     }
     pages = (RESULTS / "README.md").read_text(), (ROOT / "README.md").read_text()
-    medium = dict.fromkeys(weights, ("medium", "search")) | {
-        "DTQL, without pretraining": ("medium_without_pretraining", "search")
+    # Row -> folders of its runs, of the search that it names, and of the one that its value comes from
+    medium = dict.fromkeys(weights, ("medium", "search", "search")) | {
+        "DTQL, without NLL": ("medium_without_nll", None, "search"),
+        "DTQL, without NLL, alpha searched": ("medium_without_nll_searched", *["search_medium_without_nll"] * 2),
+        "DTQL, without pretraining": ("medium_without_pretraining", None, "search"),
     }
-    large = dict.fromkeys(weights, ("large", "search")) | {
-        "DTQL, without NLL": ("large_without_nll", "search"),
-        "DTQL, without pretraining": ("large_without_pretraining", "search"),
-        "IQL, beta searched": ("large_searched", "search_large"),
+    large = dict.fromkeys(weights, ("large", "search_large", "search")) | {
+        "DTQL, without NLL": ("large_without_nll", None, "search"),
+        "DTQL, without pretraining": ("large_without_pretraining", None, "search"),
+        "IQL, beta searched": ("large_searched", None, "search_large"),
+        "DQL, eta searched": ("large_searched", None, "search_large"),
     }
     for maze, headings, names in (
         ("medium", ("## A fair fight", "**A fair fight**"), medium),
@@ -192,27 +196,26 @@ def test_the_tables_of_the_fair_fight_are_those_of_the_runs():
     ):
         full, short = map(table, pages, headings)
         assert full.keys() == short.keys() == names.keys()
-        for name, (folder, searches) in names.items():
-            method, weight, number = weights[name.partition(",")[0]]
+        for name, (folder, *searches) in names.items():
+            method, weight, numbers = weights[name.partition(",")[0]]
             runs = sorted((RESULTS / "fair_fight" / folder).glob(f"{method}*/"))
-            means = means_of_search(searches, method, number)
-            search, found = ", ".join(f"{value:g}: {mean:.0f}" for value, mean in means.items()) or "-", evaluations(*runs)
+            tried, chosen = (means_of_search(each, method, numbers[each]) if each else {} for each in searches)
+            found = evaluations(*runs)
             if weight:
-                best = max(means, key=means.get)
+                best = max(chosen, key=chosen.get)
                 assert all(json.loads((run / "config.json").read_text())["args"][weight] == best for run in runs)
             last, oracle = cell(f"fair_fight/{folder}", maze, method, 0)
             cells = {
                 "": name,
+                "tried: % solved": ", ".join(f"{value:g}: {mean:.0f}" for value, mean in tried.items()) or "-",
+                "chosen": f"{weight} {best:g}" if weight else "-",
                 "last, of each seed": ", ".join(f"{score:.0f}" for score in found[-1][2]),
                 "last": last,
                 "mean of the last three": f"{np.mean([mean for mean, *_ in found[-3:]]):.0f}",
                 "best (an oracle)": oracle,
-                "chosen": f"{weight} {best:g}" if weight else "-",
                 "minutes of training": f"{sum(float(read(run / 'eval.csv')[-1]['train_seconds']) for run in runs) / 60:.0f}",
             }
-            if maze == "medium":
-                cells["tried: % solved"] = search
-            assert full[name] == cells and search in pages[0]
+            assert full[name] == cells
             assert short[name].items() <= cells.items()
     few = [row for method in ("idql", "dql", "srpo") for row in read(RESULTS / "fair_fight" / "large" / method / "eval.csv")]
     solved = [(row["epoch"], float(row["score_mean"]), row["episodes"]) for row in few if float(row["score_mean"]) > 0]
@@ -220,6 +223,7 @@ def test_the_tables_of_the_fair_fight_are_those_of_the_runs():
     assert "in four of the 60 evaluations of a model, all at the end" in pages[0]
     text = " ".join(pages[0].split())
     for start, folder in (
+        ("seeds 0 to 4 have", "medium_without_nll_searched"),
         ("it is as good:", "medium_without_pretraining"),
         ("with it", "medium"),
         ("DTQL has", "large_without_pretraining"),
@@ -227,6 +231,8 @@ def test_the_tables_of_the_fair_fight_are_those_of_the_runs():
     ):
         *first, last = (f"{mean:.0f}" for mean, *_ in evaluations(RESULTS / "fair_fight" / folder / "dtql_continuous"))
         assert f"{start} {', '.join(first)} and {last} % after" in text
+    here = means_of_search("search_large", "dtql_continuous", 2)
+    assert max(here, key=here.get) == 0.1 and "the search here chooses alpha 0.1 too" in text
     smaller = means_of_search("search_smaller_alpha", "dtql_continuous", 6)
     assert ", ".join(f"{value:g}: {mean:.0f}" for value, mean in smaller.items()) in pages[0]
     assert max(smaller.values()) < means_of_search("search", "dtql_continuous", 6)[0.1]
