@@ -181,7 +181,11 @@ def test_the_tables_of_the_fair_fight_are_those_of_the_runs():
     # Row -> folders of its runs, of the search that it names, and of the one that its value comes from
     medium = dict.fromkeys(weights, ("medium", "search", "search")) | {
         "DTQL, without NLL": ("medium_without_nll", None, "search"),
-        "DTQL, without NLL, alpha searched": ("medium_without_nll_searched", *["search_medium_without_nll"] * 2),
+        "DTQL, without NLL, alpha searched": (
+            "medium_without_nll_searched",
+            "search_medium_without_nll",
+            "search_medium_without_nll",
+        ),
         "DTQL, without pretraining": ("medium_without_pretraining", None, "search"),
     }
     large = dict.fromkeys(weights, ("large", "search_large", "search")) | {
