@@ -121,6 +121,16 @@ def test_the_table_of_the_mazes_is_that_of_the_runs():
         assert {column: row[column] for column in COLUMNS} == cells, name
 
 
+def test_the_tables_of_candidates_are_those_of_the_measurements():
+    page = (RESULTS / "README.md").read_text()
+    for heading, file in (("**Candidates**", "fair_fight/candidates.csv"), ("* **Candidates**", "candidates/candidates.csv")):
+        scores: dict[str, dict[str, list[float]]] = {"medium": {}, "large": {}}
+        for row in read(RESULTS / file):
+            scores[row["task"].split("-")[1]].setdefault(row["candidates"], []).append(float(row["score"]))
+        means = {maze: {number: f"{np.mean(own):.0f}" for number, own in each.items()} for maze, each in scores.items()}
+        assert table(page, heading) == {maze: {"candidates": maze} | own for maze, own in means.items()}
+
+
 def commands_below(heading):
     """(method, flags) of each training command below a heading of the page; "and FLAGS" or "and METHOD.py" repeats it so."""
     names = {}
