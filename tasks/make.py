@@ -3,7 +3,7 @@
 The recipe is that of OGBench's own commands (`data_gen_scripts`, MIT), whose scripted experts are part of its package for
 pointmaze, cube, scene and puzzle. They are not seeded there, so this is another draw from the same distribution, not OGBench's
 file. Here every episode has its own seed: the same bytes for any number of workers. MuJoCo rounds otherwise on another kind of
-processor, where a few episodes come out differently.
+processor, where some episodes come out differently.
 """
 
 import importlib
