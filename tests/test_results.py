@@ -361,7 +361,7 @@ def test_the_tables_of_the_search_are_those_of_the_runs(tmp_path):
 
 
 def test_the_tables_of_cube_single_are_those_of_the_runs():
-    folders = {name: [name.lower()] for name in ("IQL", "IDQL", "FAN", "FQL")} | {
+    folders = {name: [name.lower()] for name in ("IQL", "IDQL", "FAN", "FQL", "BC")} | {
         "DTQL": ["dtql_continuous", "dtql_continuous_seed_1"],
         "DTQL with NLL": ["dtql_continuous_nll"],
         "DTQL in chunks of 5": ["dtql_chunk"],
