@@ -438,6 +438,24 @@ def test_the_table_of_pen_human_is_that_of_the_runs():
         assert re.search(rf"seed {seed} (scored )?{', '.join(first)} and {last}", text)
 
 
+@pytest.mark.parametrize(
+    ("heading", "task"),
+    [("**pen-human, demonstrations", "pen-human-v1"), ("**cube-single, task 2", "cube-single-play-singletask-task2-v0")],
+)
+def test_published_scores_are_those_of_their_sources(heading, task):
+    text = (ROOT / "README.md").read_text()
+    text = text[text.index(heading) + 2 :].partition("\n\n**")[0]
+    published = [row for row in read(RESULTS / "published.csv") if row["task"] == task]
+    shown = [(method, list(row.values())[-1]) for method, row in table(text, "|").items()]
+    shown += re.findall(r"(\w+)\s([\d.]+ ± [\d.]+ \(\w+)", text)  # methods without a row
+    near = lambda shown, value: abs(float(shown) - float(value)) <= 0.5 / 10 ** len(shown.partition(".")[2])
+    found = [(method, *each) for method, cell in shown for each in re.findall(r"([\d.]+)(?: ± ([\d.]+))? \((\w+)", cell)]
+    for method, score, spread, source in found:
+        rows = [row for row in published if row["method"] == method and row["source"].startswith(source)]
+        assert any(near(score, row["score"]) and (not spread or near(spread, row["spread"])) for row in rows), (method, score)
+    assert len(found) >= 7
+
+
 def test_the_table_of_look_alike_data_is_that_of_the_runs():
     rows = {(task, COLUMNS[method]): cells for task, method, *cells in numbers_below("## Look-alike data")}
     folders = {(folder.parent.name, folder.name): folder for folder in (RESULTS / "lookalike").glob("*/*/")}
