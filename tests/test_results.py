@@ -430,18 +430,18 @@ def test_the_table_of_pen_human_is_that_of_the_runs():
         assert shown[1:] == [f"{np.mean(means[-3:]):.1f}", f"{best_of_each(found):.1f}"]
         if name in first_page:
             assert list(first_page[name].values())[1:6] == [rows[name][0], str(len(each)), *shown]
-    q = {(row["label"], row["update"]): f"{float(row['q']):,.0f}" for row in read(RESULTS / "pen_human" / "q.csv")}
+    qs = lambda file: {(row["label"], row["update"]): f"{float(row['q']):,.0f}" for row in read(RESULTS / "pen_human" / file)}
+    q, full = qs("q.csv"), qs("dtql_continuous_full/q.csv")
     text = " ".join((RESULTS / "README.md").read_text().split())
     start, top, end = (q["DQL", update] for update in ("24000", "36000", "60000"))
     assert f"from 24,000 to 36,000 updates its mean Q runs up from {start} to {top} and then falls to {end}" in text
     assert f"seed 1's Q falls from {q['DTQL, seed 1', '60000']} to {q['DTQL, seed 1', '200000']}" in text
-    rows = read(RESULTS / "pen_human" / "dtql_continuous_full" / "q.csv")
-    q = {(row["label"], row["update"]): f"{float(row['q']):,.0f}" for row in rows}
-    first, last = ([q[f"seed {seed}", update] for seed in (0, 1)] for update in ("60000", "350000"))
+    first, last = ([full[f"seed {seed}", update] for seed in (0, 1)] for update in ("60000", "350000"))
     assert f"from {first[0]} ({first[1]} with seed 1) after 10,000 of these updates to {last[0]} ({last[1]}) at the end" in text
-    for folder in (*folders["DTQL"], *folders["DTQL, half as long"]):
-        *first, last = (f"{mean:.1f}" for mean, *_ in evaluations(RESULTS / "pen_human" / folder))
-        assert re.search(rf"seed {folder.endswith('_1'):d} (scored )?{', '.join(first)} and {last}", text)
+    for runs in (folders["DTQL"], folders["DTQL, half as long"]):
+        for seed, folder in enumerate(runs):
+            *first, last = (f"{mean:.1f}" for mean, *_ in evaluations(RESULTS / "pen_human" / folder))
+            assert re.search(rf"seed {seed} (scored )?{', '.join(first)} and {last}", text)
 
 
 @pytest.mark.parametrize(
