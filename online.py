@@ -140,8 +140,8 @@ class Collector:
     def restore(self, run_dir: Path) -> None:
         """Read the rows of a run that is resumed, and play the episodes that were running up to where they were."""
         rows, file = self.replay.rows, run_dir / "online.f32"
-        saved = np.fromfile(file, np.float32, self.size * rows[:, 0].numel())
-        check(zlib.crc32(saved) == self.replay.checksum, f"{file} is cut off or damaged: the run cannot be resumed")
+        saved = np.fromfile(file, np.float32, self.size * rows[:, 0].numel()) if file.exists() else b""
+        check(zlib.crc32(saved) == self.replay.checksum, f"{file} is missing, cut off or damaged: the run cannot be resumed")
         rows[:, : self.size] = torch.as_tensor(saved.reshape(self.size, *rows[:, 0].shape), device=rows.device).transpose(0, 1)
         self.saved, start = self.size, self.obs.shape[1]
         for ago in range(int(self.steps.max()), 0, -1):

@@ -175,6 +175,9 @@ def test_an_online_run_resumes_bit_identically(tmp_path, line, monkeypatch, stop
     file.write_bytes(bytes((first ^ 1, *others)))
     with pytest.raises(UserError, match="damaged"):
         dtql_online.main(make(resume=str(runs[0].dir)))
+    file.unlink()
+    with pytest.raises(UserError, match="missing"):
+        dtql_online.main(make(resume=str(runs[0].dir)))
     file.write_bytes(bytes((first, *others)))
     dtql_online.main(make(resume=str(runs[0].dir)))
     assert_same_end(whole, runs[0].dir)
