@@ -185,7 +185,7 @@ def test_the_tables_of_the_fair_fight_are_those_of_the_runs():
         "IDQL": ("idql", "expectile", dict(search=2, search_large=1)),
         "DQL": ("dql", "eta", dict(search=3, search_large=2)),
         "SRPO": ("srpo", "beta", dict(search=6, search_large=2)),
-        "FQL": ("fql", "alpha", dict(search=2, search_large=0)),
+        "FQL": ("fql", "alpha", dict(search=2, search_large=2)),
         "BC": ("bc", None, dict(search=0, search_large=0)),
     }
     pages = (RESULTS / "README.md").read_text(), (ROOT / "README.md").read_text()
