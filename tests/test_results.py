@@ -179,7 +179,7 @@ def test_the_tables_of_the_fair_fight_are_those_of_the_runs():
     """Also that the seeds ran with the value that is best in the search, by the mean of the last two evaluations or the last."""
     without_nll = "search_medium_without_nll", "search_large_without_nll"
     weights = {  # and of how many evaluations that mean is in each maze: three seeds with two each, or fewer
-        "DTQL": ("dtql_continuous", "alpha", dict(search=6, search_large=2) | dict.fromkeys(without_nll, 2)),
+        "DTQL": ("dtql_continuous", "alpha", dict(search=6, search_large=2) | dict.fromkeys(without_nll, 6)),
         "KL": ("kl_distill", "alpha", dict(search=6, search_large=2)),
         "IQL": ("iql", "beta", dict(search=6, search_large=6)),
         "IDQL": ("idql", "expectile", dict(search=2, search_large=1)),
@@ -407,7 +407,7 @@ def test_the_tables_of_the_first_online_runs_are_those_of_the_runs(name):
 
 def test_the_table_of_pen_human_is_that_of_the_runs():
     folders = {
-        "DTQL": ["dtql_continuous_full", "dtql_continuous_full_seed_1"],
+        "DTQL": ["dtql_continuous_full", "dtql_continuous_full_seed_1", "dtql_continuous_full_seed_2"],
         "DTQL, half as long": ["dtql_continuous", "dtql_continuous_seed_1"],
         "BC": ["bc"],
         "IQL": ["iql", "iql_seeds_1_2"],
@@ -436,8 +436,9 @@ def test_the_table_of_pen_human_is_that_of_the_runs():
     start, top, end = (q["DQL", update] for update in ("24000", "36000", "60000"))
     assert f"from 24,000 to 36,000 updates its mean Q runs up from {start} to {top} and then falls to {end}" in text
     assert f"seed 1's Q falls from {q['DTQL, seed 1', '60000']} to {q['DTQL, seed 1', '200000']}" in text
-    first, last = ([full[f"seed {seed}", update] for seed in (0, 1)] for update in ("60000", "350000"))
-    assert f"from {first[0]} ({first[1]} with seed 1) after 10,000 of these updates to {last[0]} ({last[1]}) at the end" in text
+    first, last = ([full[f"seed {seed}", update] for seed in (0, 1, 2)] for update in ("60000", "350000"))
+    start, end = f"{first[0]} ({first[1]} with seed 1, {first[2]} with seed 2)", f"{last[0]} ({last[1]}, {last[2]})"
+    assert f"from {start} after 10,000 of these updates to {end} at the end" in text
     for runs in (folders["DTQL"], folders["DTQL, half as long"]):
         for seed, folder in enumerate(runs):
             *first, last = (f"{mean:.1f}" for mean, *_ in evaluations(RESULTS / "pen_human" / folder))
