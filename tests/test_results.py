@@ -244,6 +244,9 @@ def test_the_tables_of_the_fair_fight_are_those_of_the_runs():
     ):
         *first, last = (f"{mean:.0f}" for mean, *_ in evaluations(RESULTS / "fair_fight" / folder / "dtql_continuous"))
         assert f"{start} {', '.join(first)} and {last} % after" in text
+    searches = sorted((RESULTS / "fair_fight" / without_nll[1]).glob("*/"))  # seeds 10, 11, 12; the fourth model has alpha 3
+    by_seed = [np.mean([each[3] for *_, each in evaluations(run)[-2:]]) for run in searches]
+    assert "seeds 10, 11 and 12 have {:.0f}, {:.0f} and {:.0f}, and seeds 0 to 4 0".format(*by_seed) in text
     here = means_of_search("search_large", "dtql_continuous", 2)
     assert max(here, key=here.get) == 0.1 and "the search here chooses alpha 0.1 too" in text
     smaller = means_of_search("search_smaller_alpha", "dtql_continuous", 6)
