@@ -129,6 +129,12 @@ def test_the_tables_of_candidates_are_those_of_the_measurements():
             scores[row["task"].split("-")[1]].setdefault(row["candidates"], []).append(float(row["score"]))
         means = {maze: {number: f"{np.mean(own):.0f}" for number, own in each.items()} for maze, each in scores.items()}
         assert table(page, heading) == {maze: {"candidates": maze} | own for maze, own in means.items()}
+    pen: dict[str, list[float]] = {}
+    for row in read(RESULTS / "pen_human" / "dtql_continuous_full" / "candidates.csv"):
+        pen.setdefault(row["candidates"], []).append(float(row["score"]))
+    shown = table(page, "* **Candidates**: how many the action is chosen among")["mean"]
+    assert shown == {"candidates": "mean"} | {number: f"{np.mean(own):.1f}" for number, own in pen.items()}
+    assert f"seed 0 has {pen['1024'][0]:.1f} with 1,024 and in its run" in page
 
 
 def commands_below(heading):
