@@ -28,10 +28,11 @@ def labelled_runs(usage: str) -> tuple[str, list[tuple[str, str, dict[str, Any]]
 
 
 def panel_per_task(rows: list[dict]) -> tuple[Figure, dict[str, Axes]]:
-    """Panels side by side, one for each task in a table."""
+    """A panel for each task in a table, up to three side by side."""
     tasks = list(dict.fromkeys(row["task"] for row in rows))
-    figure = Figure(figsize=(4.2 * len(tasks), 3.4), layout="constrained")
-    panels = dict(zip(tasks, figure.subplots(1, len(tasks), squeeze=False)[0]))
+    columns, lines = min(len(tasks), 3), -(-len(tasks) // 3)
+    figure = Figure(figsize=(4.2 * columns, 3.4 * lines), layout="constrained")
+    panels = {task: figure.add_subplot(lines, columns, i) for i, task in enumerate(tasks, 1)}
     for task, axes in panels.items():
         axes.set_title(task)
         axes.grid(alpha=0.3)
