@@ -17,7 +17,7 @@ def main() -> None:
     for label, run_dir, config in runs:
         with open(Path(run_dir) / "eval.csv") as file:
             for row in csv.DictReader(file):
-                updates = int(row["epoch"]) * config["args"]["steps_per_epoch"]
+                updates = float(row["epoch"]) * config["args"]["steps_per_epoch"]
                 rows.append(row | dict(task=config["args"]["env_id"], label=label, updates=updates))
     figure, panels = panel_per_task(rows)
     figure.set_size_inches(figure.get_size_inches() + (2.8, 0))  # room for the legend
