@@ -39,6 +39,7 @@ def main() -> None:
             (lines[label],) = axes.plot(updates, mean, f"C{number}", marker="o", markersize=3)
             axes.fill_between(updates, np.subtract(mean, error), np.add(mean, error), color=f"C{number}", alpha=0.2)
         axes.set(xlabel=steps, ylabel=score)
+        axes.locator_params("x", nbins=6)
     limits = [axes.get_ylim() for axes in panels.values()]
     for axes in panels.values():
         axes.set_ylim(min(low for low, _ in limits), max(high for _, high in limits))

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 
+import matplotlib.image
 import numpy as np
 import pytest
 from helpers import ROOT, make_args, run_inside, table
@@ -64,6 +65,15 @@ def test_metrics_come_from_the_events(run_dir, tmp_path, metric, least):
     assert {row["label"] for row in rows} == {"with NLL", "again"} and {row["task"] for row in rows} == {"hopper-medium-v2"}
     assert all(least < float(row[metric]) < 30 for row in rows)
     assert (tmp_path / f"{metric}.png").stat().st_size > 5000
+
+
+def test_curves_are_a_panel_per_task(tmp_path):
+    runs = [f"{RESULTS}/{run}" for run in ("ogbench/iql", "ogbench/dtql_chunk", "online/default")]  # the last has epochs like 2.5
+    sizes = []
+    for i in (2, 3):
+        run("curves.py", tmp_path / f"{i}.png", *(f"label={each}" for each in runs[:i]))
+        sizes.append(matplotlib.image.imread(tmp_path / f"{i}.png").shape)
+    assert sizes[1][1] - sizes[0][1] == 630 and sizes[0][0] == sizes[1][0]  # 4.2 inches
 
 
 def test_an_unknown_metric_is_one_message(run_dir, tmp_path):
@@ -153,7 +163,12 @@ def commands_below(heading):
 
 @pytest.mark.parametrize(
     ("heading", "pattern"),
-    [("## A fair fight", "fair_fight/*/*/"), ("## pen-human", "pen_human/*/"), ("## OGBench data made at home", "ogbench/*/")],
+    [
+        ("## A fair fight", "fair_fight/*/*/"),
+        ("## pen-human", "pen_human/*/"),
+        ("## OGBench data made at home", "ogbench/*/"),
+        ("## OGBench: the five tasks", "ogbench/tasks/*/"),
+    ],
 )
 def test_every_run_has_its_command_and_every_command_its_run(heading, pattern):
     asked = []
@@ -374,6 +389,7 @@ def test_the_tables_of_cube_single_are_those_of_the_runs():
         "DTQL": ["dtql_continuous", "dtql_continuous_seed_1"],
         "DTQL with NLL": ["dtql_continuous_nll"],
         "DTQL in chunks of 5": ["dtql_chunk"],
+        "KL": ["kl_distill"],
     }
     rows = {name: cells for name, *cells in numbers_below("## OGBench data made at home")}
     first_page = table((ROOT / "README.md").read_text(), "**cube-single, task 2**")
@@ -385,6 +401,55 @@ def test_the_tables_of_cube_single_are_those_of_the_runs():
         last_three, best = f"{np.mean([mean for mean, *_ in found[-3:]]):.0f}", f"{best_of_each(found):.0f}"
         assert rows[name] == [seeds, *scores, last_three, best, ", ".join(f"{each:.0f}" for each in minutes)]
         assert list(first_page[name].values())[1:5] == [seeds, scores[-1], last_three, best]
+
+
+def test_the_table_of_the_five_tasks_of_cube_single_is_that_of_the_runs():
+    rows = table((RESULTS / "README.md").read_text(), "## OGBench: the five tasks")
+    first_page = table((ROOT / "README.md").read_text(), "**All five tasks of cube-single**")
+    of_task_2 = {"DTQL": ["dtql_continuous", "dtql_continuous_seed_1"], "IQL": ["iql"]}
+    summary = lambda last, error, last_three, best: [f"{last:.0f} ± {error:.0f}", f"{last_three:.0f}", f"{best:.0f}"]
+    all_numbers: dict[str, list[tuple[float, ...]]] = {"DTQL": [], "IQL": []}
+    went_on = {}
+    for number in range(1, 6):
+        row = rows.pop(f"task {number}")
+        for name, numbers in all_numbers.items():
+            method = {"DTQL": "dtql_continuous", "IQL": "iql"}[name]
+            runs = of_task_2[name] if number == 2 else [f"tasks/{method}_task{number}"]
+            found = evaluations(*(RESULTS / "ogbench" / run for run in runs))
+            if len(found) > 5:  # DTQL's, which went on
+                went_on[f"task {number}"] = [mean for mean, *_ in found[4:]]
+            found = found[:5]
+            numbers.append((*found[-1][:2], np.mean([mean for mean, *_ in found[-3:]]), best_of_each(found)))
+            assert [row[f"{name}: last"], row[f"{name}: last three"], row[f"{name}: best"]] == summary(*numbers[-1])
+            assert first_page[name][f"task {number}"] == row[f"{name}: last"]
+    for name, numbers in all_numbers.items():
+        last, errors, last_three, best = np.array(numbers).T
+        expected = summary(last.mean(), np.sqrt((errors**2).sum()) / 5, last_three.mean(), best.mean())
+        assert [rows["mean"][f"{name}: {column}"] for column in ("last", "last three", "best")] == expected
+        assert first_page[name]["mean"] == expected[0]
+    went_on["mean"] = np.mean(list(went_on.values()), 0)
+    shown = table((RESULTS / "README.md").read_text(), "**Twice as long**")
+    assert {name: list(cells.values())[1:] for name, cells in shown.items()} == {
+        name: [f"{mean:.0f}" for mean in means] for name, means in went_on.items()
+    }
+    means, first = went_on["mean"], np.mean([last_three for i, (*_, last_three, _) in enumerate(all_numbers["DTQL"]) if i != 1])
+    text = " ".join((RESULTS / "README.md").read_text().split())
+    assert f"the mean of the last three is {np.mean(means[-3:]):.0f} here, {first:.0f} after 100,000" in text
+    assert means[0] == max(means)
+    text = " ".join((ROOT / "README.md").read_text().split())
+    assert f"between {min(means):.0f} and {max(means):.0f} %, with {np.mean(means[-3:]):.0f} in the last three" in text
+    for name, row in first_page.items():
+        if "published" in name:
+            method, source = name.split(",")[0], name.split("(")[1].split("'")[0]
+            scores = {
+                each["task"].split("-")[4]: float(each["score"])
+                for each in read(RESULTS / "published.csv")
+                if each["task"].startswith("cube-single-play-") and each["method"] == method and each["source"].startswith(source)
+            }
+            assert len(scores) == 5
+            for number in range(1, 6):
+                assert row[f"task {number}"] == f"{scores[f'task{number}']:.0f}"
+            assert row["mean"] == f"{np.mean(list(scores.values())):.0f}"
 
 
 def test_the_first_scores_on_cube_single_are_those_of_the_run():
