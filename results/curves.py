@@ -36,7 +36,7 @@ def main() -> None:
                 )
                 mean.append(means.mean())
                 error.append(np.sqrt(((stds**2).mean() + means.var()) / episodes.sum()))
-            (lines[label],) = axes.plot(updates, mean, f"C{number}", marker="o", markersize=3)
+            (lines[label],) = axes.plot(updates, mean, color=f"C{number}", marker="o", markersize=3)
             axes.fill_between(updates, np.subtract(mean, error), np.add(mean, error), color=f"C{number}", alpha=0.2)
         axes.set(xlabel=steps, ylabel=score)
         axes.locator_params("x", nbins=6)

@@ -403,53 +403,60 @@ def test_the_tables_of_cube_single_are_those_of_the_runs():
         assert list(first_page[name].values())[1:5] == [seeds, scores[-1], last_three, best]
 
 
-def test_the_table_of_the_five_tasks_of_cube_single_is_that_of_the_runs():
+def test_the_tables_of_the_five_tasks_of_cube_single_are_those_of_the_runs():
     rows = table((RESULTS / "README.md").read_text(), "## OGBench: the five tasks")
     first_page = table((ROOT / "README.md").read_text(), "**All five tasks of cube-single**")
-    of_task_2 = {"DTQL": ["dtql_continuous", "dtql_continuous_seed_1"], "IQL": ["iql"]}
     summary = lambda last, error, last_three, best: [f"{last:.0f} ± {error:.0f}", f"{last_three:.0f}", f"{best:.0f}"]
-    all_numbers: dict[str, list[tuple[float, ...]]] = {"DTQL": [], "IQL": []}
-    went_on = {}
-    for number in range(1, 6):
-        row = rows.pop(f"task {number}")
-        for name, numbers in all_numbers.items():
-            method = {"DTQL": "dtql_continuous", "IQL": "iql"}[name]
-            runs = of_task_2[name] if number == 2 else [f"tasks/{method}_task{number}"]
-            found = evaluations(*(RESULTS / "ogbench" / run for run in runs))
-            if len(found) > 5:  # DTQL's, which went on
-                went_on[f"task {number}"] = [mean for mean, *_ in found[4:]]
-            found = found[:5]
+    for name, method, of_task_2 in (
+        ("DTQL", "dtql_continuous", ["dtql_continuous", "dtql_continuous_seed_1"]),
+        ("IQL", "iql", ["iql"]),
+    ):
+        shown = {task: [row[f"{name}: {column}"] for column in ("last", "last three", "best")] for task, row in rows.items()}
+        numbers = []
+        for number in range(1, 6):
+            runs = of_task_2 if number == 2 else [f"tasks/{method}_task{number}"]
+            found = evaluations(*(RESULTS / "ogbench" / run for run in runs))[:5]  # to 100,000 updates
             numbers.append((*found[-1][:2], np.mean([mean for mean, *_ in found[-3:]]), best_of_each(found)))
-            assert [row[f"{name}: last"], row[f"{name}: last three"], row[f"{name}: best"]] == summary(*numbers[-1])
-            assert first_page[name][f"task {number}"] == row[f"{name}: last"]
-    for name, numbers in all_numbers.items():
+            assert shown[f"task {number}"] == summary(*numbers[-1])
         last, errors, last_three, best = np.array(numbers).T
-        expected = summary(last.mean(), np.sqrt((errors**2).sum()) / 5, last_three.mean(), best.mean())
-        assert [rows["mean"][f"{name}: {column}"] for column in ("last", "last three", "best")] == expected
-        assert first_page[name]["mean"] == expected[0]
-    went_on["mean"] = np.mean(list(went_on.values()), 0)
+        assert shown["mean"] == summary(last.mean(), np.sqrt((errors**2).sum()) / 5, last_three.mean(), best.mean())
+        assert {task: cell for task, cell in first_page[name].items() if task} == {task: own[0] for task, own in shown.items()}
+
+
+def test_the_table_of_dtql_s_longer_runs_on_cube_single_is_that_of_the_runs():
+    page, first_page = (" ".join((folder / "README.md").read_text().split()) for folder in (RESULTS, ROOT))
+    runs = {f"task {number}": RESULTS / "ogbench" / "tasks" / f"dtql_continuous_task{number}" for number in (1, 3, 4, 5)}
+    found = {task: [mean for mean, *_ in evaluations(run)] for task, run in runs.items()}
+    found["mean"] = list(np.mean(list(found.values()), 0))
     shown = table((RESULTS / "README.md").read_text(), "**Twice as long**")
-    assert {name: list(cells.values())[1:] for name, cells in shown.items()} == {
-        name: [f"{mean:.0f}" for mean in means] for name, means in went_on.items()
+    assert {task: list(row.values())[1:] for task, row in shown.items()} == {
+        task: [f"{mean:.0f}" for mean in means[4:]] for task, means in found.items()
     }
-    means, first = went_on["mean"], np.mean([last_three for i, (*_, last_three, _) in enumerate(all_numbers["DTQL"]) if i != 1])
-    text = " ".join((RESULTS / "README.md").read_text().split())
-    assert f"the mean of the last three is {np.mean(means[-3:]):.0f} here, {first:.0f} after 100,000" in text
-    assert means[0] == max(means)
-    text = " ".join((ROOT / "README.md").read_text().split())
-    assert f"between {min(means):.0f} and {max(means):.0f} %, with {np.mean(means[-3:]):.0f} in the last three" in text
-    for name, row in first_page.items():
-        if "published" in name:
-            method, source = name.split(",")[0], name.split("(")[1].split("'")[0]
-            scores = {
-                each["task"].split("-")[4]: float(each["score"])
-                for each in read(RESULTS / "published.csv")
-                if each["task"].startswith("cube-single-play-") and each["method"] == method and each["source"].startswith(source)
-            }
-            assert len(scores) == 5
-            for number in range(1, 6):
-                assert row[f"task {number}"] == f"{scores[f'task{number}']:.0f}"
-            assert row["mean"] == f"{np.mean(list(scores.values())):.0f}"
+    first, later = found["mean"][:5], found["mean"][4:]
+    last_three = f"{np.mean(later[-3:]):.0f}"
+    assert f"the mean of the last three is {last_three} here, {np.mean(first[-3:]):.0f} after 100,000" in page
+    assert later[0] == max(later)
+    assert f"between {min(later):.0f} and {max(later):.0f} %, with {last_three} in the last three" in first_page
+
+
+def test_published_scores_on_the_five_tasks_are_those_of_their_sources():
+    published = read(RESULTS / "published.csv")
+    rows = table((ROOT / "README.md").read_text(), "**All five tasks of cube-single**")
+    rows = {
+        tuple(name.partition(", published (")[::2]): list(row.values())[1:] for name, row in rows.items() if "published" in name
+    }
+    assert len(rows) == 3
+    for (method, source), cells in rows.items():
+        source = source.removesuffix("'s paper)") + " paper"
+        scores = [
+            float(row["score"])
+            for number in range(1, 6)
+            for row in published
+            if row["task"] == f"cube-single-play-singletask-task{number}-v0"
+            and row["method"] == method
+            and row["source"].startswith(source)
+        ]
+        assert len(scores) == 5 and cells == [f"{score:.0f}" for score in (*scores, np.mean(scores))]
 
 
 def test_the_first_scores_on_cube_single_are_those_of_the_run():
